@@ -1,0 +1,155 @@
+"""The words everyone uses: chatbots, sessions, messages, turns and what they cost."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+CHARS_PER_TOKEN = 4
+"""Characters that make a token, as an estimate, until a provider says better."""
+
+MESSAGE_OVERHEAD_CHARS = 4 * CHARS_PER_TOKEN
+"""What a message costs beside its text: role and separators, about four tokens in chat formats."""
+
+KEY_PREFIX = "ck_"
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
+
+Role = Literal["system", "user", "assistant"]
+Channel = Literal["api", "widget"]
+
+
+def new_id() -> str:
+    """A random UUID (version 4, 122 random bits) in canonical form."""
+    return str(uuid.uuid4())
+
+
+def canonical_id(text: str) -> str | None:
+    """The canonical form of a UUID (upper case folded), or None when it is written any other way."""
+    folded = text.lower() if text.isascii() else text
+    return folded if _UUID.fullmatch(folded) else None
+
+
+def new_api_key() -> str:
+    """A random API key of 256 bits, shown once and then kept only as `hash_api_key` of it."""
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_api_key(api_key: str) -> bytes:
+    """The SHA-256 digest (32 bytes) under which a key is stored.
+
+    No salt and no slow hash: a key is random, not a password that could be guessed.
+    """
+    return hashlib.sha256(api_key.encode("utf-8", "surrogatepass")).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatbotSettings:
+    """What an operator sets for one chatbot. `None` means the server's or the provider's default."""
+
+    system_prompt: str | None = None
+    context_tokens: int = 8000
+    """The most tokens of system prompt, history and new messages that a model is given."""
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    allowed_origins: tuple[str, ...] | None = None
+    """Origins whose pages may talk to this chatbot; `None` is the server's list."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Reads what `to_json` wrote; names it does not know (a newer version's) are left out."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        if isinstance(origins := known.get("allowed_origins"), list):
+            known["allowed_origins"] = tuple(origins)
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Chatbot:
+    """A configured bot of one tenant; `id` is `assistant_id` and `chatbot_id` on the wire."""
+
+    id: str
+    name: str
+    model: str
+    api_key_hash: bytes = field(repr=False)
+    settings: ChatbotSettings = ChatbotSettings()
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+    def owns_key(self, api_key: str) -> bool:
+        """Whether `api_key` is this chatbot's, compared in constant time."""
+        return hmac.compare_digest(self.api_key_hash, hash_api_key(api_key))
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One conversation with a chatbot.
+
+    A widget's session is opened by its id alone, so only sessions of the channel `widget` are;
+    those that an API client made need the key. `None` is a session older than this distinction.
+    """
+
+    id: str
+    chatbot_id: str
+    channel: Channel | None = None
+    user_id: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    created_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Something said, as the model is given it."""
+
+    role: Role
+    content: str
+
+    @property
+    def cost_chars(self) -> int:
+        """What the message takes of a context budget, in characters."""
+        return len(self.content) + MESSAGE_OVERHEAD_CHARS
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A row of `conversations`; `id` grows within a session and is its order."""
+
+    id: int
+    role: str
+    content: str
+    timestamp: datetime
+    turn_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a turn took, as the provider reports it; `None` is unknown and is not 0."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cost_usd: float | None = None
+
+
+class TurnStatus(StrEnum):
+    """Where a turn stands. All but `RUNNING` are ends, and a turn reaches one of them once."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"

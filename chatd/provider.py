@@ -1,0 +1,99 @@
+"""The contract of a model provider: one stream of events, with exactly one end.
+
+`chatd.testing.ProviderConformance` holds an implementation to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from chatd.domain import Message, Usage
+
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long an attempt may take, in seconds. `plain` is the whole of an answer in one piece.
+
+    25 s for a plain answer, since Heroku's router gives up on a request after 30.
+    """
+
+    connect: float = 5
+    first_token: float = 20
+    idle: float = 60
+    total: float = 120
+    plain: float = 25
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderRequest:
+    """What a model is asked. `parameters` go into the request as they are, where a provider can.
+
+    `user` and `session_id` are for the provider's abuse reports and sticky caches; they are ids
+    of chatd's own, never a visitor's name.
+    """
+
+    model: str
+    messages: Sequence[Message]
+    stream: bool = True
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    user: str | None = None
+    session_id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    timeouts: Timeouts = Timeouts()
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Some more of the answer; never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Some more of what the model thinks before it answers; not part of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """What the answer took; the last one counts."""
+
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a whole answer. `model` is the one that answered, by the provider's word."""
+
+    reason: FinishReason
+    model: str | None = None
+
+
+Event = TextDelta | ReasoningDelta | UsageReport | Finish
+
+
+class Provider(Protocol):
+    """Somebody who answers."""
+
+    def stream(self, request: ProviderRequest) -> AsyncIterator[Event]:
+        """Answers as events; the last is `Finish`, or `ProviderError` is raised.
+
+        With `request.stream` false the text may come as one event. Closing the iterator, or
+        cancelling the task that reads it, ends the request to the provider at once. There is no
+        retrying in here, and no deadline but `timeouts.connect`: both are `routing.py`'s, for
+        all providers alike. An answer that just stops is a `ProviderError` of kind
+        `incomplete`.
+        """
+
+    async def check(self) -> None:
+        """Returns when the provider is there and takes the key; raises `ProviderError` else."""
+
+    async def close(self) -> None:
+        """Lets go of everything. Called once, last."""

@@ -1,0 +1,209 @@
+"""The contract of a storage: few, whole operations, each atomic and each one round trip.
+
+A turn costs two of them, `begin_turn` and `finish_turn`. `chatd.testing.StorageConformance`
+holds an implementation to every sentence here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, Protocol
+
+from chatd.domain import Chatbot, Message, Session, StoredMessage, TurnStatus, Usage
+
+Rating = Literal["up", "down"]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginTurn:
+    """What a turn starts with.
+
+    `history_chars` is the budget for history: the sum of `Message.cost_chars` over what comes
+    back. `request_hash` is a digest of the request's body, `lease_seconds` how long the turn
+    counts as running without a `renew_turns`.
+    """
+
+    turn_id: str
+    session_id: str
+    chatbot_id: str
+    messages: Sequence[Message]
+    history_chars: int
+    lease_seconds: float
+    label: str | None = None
+    idempotency_key: str | None = None
+    request_hash: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BegunTurn:
+    """The turn runs. Its id is the request's, or that of the earlier turn it runs again.
+
+    `history` is oldest first and holds whole turns only; `history_truncated` says that older
+    ones were left out for the budget.
+    """
+
+    turn_id: str
+    history: Sequence[Message]
+    history_truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """A turn as it is stored. `reply` is what was said, in whole or up to where it ended."""
+
+    id: str
+    session_id: str
+    chatbot_id: str
+    status: TurnStatus
+    label: str | None = None
+    reply: str | None = None
+    model: str | None = None
+    provider: str | None = None
+    finish_reason: str | None = None
+    error_code: str | None = None
+    usage: Usage = Usage()
+    attempts: Sequence[Mapping[str, Any]] = ()
+    rating: Rating | None = None
+    comment: str | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingTurn:
+    """This idempotency key belongs to this turn: follow it while it runs, else replay it."""
+
+    turn: TurnRecord
+
+
+@dataclass(frozen=True, slots=True)
+class FinishTurn:
+    """How a turn ended. `status` is any but `running`; an empty `reply` stores no message.
+
+    `rerunnable` says that no model was reached, so that the same idempotency key may run it
+    again.
+    """
+
+    turn_id: str
+    status: TurnStatus
+    reply: str | None = None
+    model: str | None = None
+    provider: str | None = None
+    finish_reason: str | None = None
+    error_code: str | None = None
+    usage: Usage = Usage()
+    attempts: Sequence[Mapping[str, Any]] = ()
+    rerunnable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MessagePage:
+    """Messages in the order they were said, the newest page first: pass `data[0].id` as `before`."""
+
+    data: Sequence[StoredMessage]
+    has_more: bool
+
+
+class Storage(Protocol):
+    """Where chatbots, sessions, messages and turns live.
+
+    Methods raise `StorageUnavailable` when the storage cannot be asked in time, and nothing is
+    half done then. Ids are canonical UUIDs. An id that does not exist, and one that belongs to
+    another chatbot, are the same: `None`, `False` or `NotFound`. Every method may be called from
+    many tasks at once, and all but `begin_turn` may be repeated without harm;
+    `begin_turn` may be repeated with the same `turn_id`.
+    """
+
+    async def close(self) -> None:
+        """Ends what was begun and lets go of everything. Called once, last."""
+
+    async def check(self) -> None:
+        """Returns when storage can be read and written; raises `StorageUnavailable` else."""
+
+    async def add_chatbot(self, chatbot: Chatbot) -> None:
+        """Stores a new chatbot. Raises `ConflictError` when its id or key is taken."""
+
+    async def get_chatbot(self, chatbot_id: str) -> Chatbot | None:
+        """The chatbot with this id."""
+
+    async def get_chatbot_by_key(self, api_key_hash: bytes) -> Chatbot | None:
+        """The chatbot whose API key has this SHA-256 digest."""
+
+    async def list_chatbots(self) -> Sequence[Chatbot]:
+        """All chatbots, oldest first."""
+
+    async def update_chatbot(self, chatbot: Chatbot) -> bool:
+        """Replaces name, model, key and settings; False when there is no such chatbot.
+
+        Raises `ConflictError` when the key is another chatbot's.
+        """
+
+    async def remove_chatbot(self, chatbot_id: str) -> bool:
+        """Erases a chatbot with its sessions, messages and turns; False when there was none."""
+
+    async def allowed_origins(self) -> frozenset[str]:
+        """Every origin that some chatbot allows, for the preflights that name no chatbot."""
+
+    async def create_session(self, session: Session) -> None:
+        """Stores a new session. Raises `NotFound` when its chatbot does not exist."""
+
+    async def get_session(self, session_id: str) -> Session | None:
+        """The session with this id."""
+
+    async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
+        """Erases a session with its messages and turns; False when there was none."""
+
+    async def list_messages(
+        self, session_id: str, chatbot_id: str, *, limit: int, before: int | None = None
+    ) -> MessagePage:
+        """The newest `limit` messages whose id is below `before`. Raises `NotFound`."""
+
+    async def begin_turn(self, request: BeginTurn) -> BegunTurn | ExistingTurn:
+        """Starts a turn: checks, stores and reads, all in one.
+
+        Decided in this order:
+
+        1. no such session of this chatbot: `NotFound`;
+        2. a running turn whose lease ran out becomes `interrupted`;
+        3. the turn with this `turn_id` runs: it is returned as if begun now, nothing is stored
+           twice;
+        4. the idempotency key is known: with another body `IdempotencyKeyReused`; else the
+           turn is returned as `ExistingTurn`. But a turn that ended `rerunnable`, or was
+           interrupted before a word of reply was stored, has nothing to replay: when it is the
+           session's newest turn and the body is the same, it runs again under its own id with
+           the messages that are stored; otherwise the key is taken from it and begins a new
+           turn;
+        5. another turn runs: `TurnInProgress`, with its id;
+        6. else the messages and the turn are stored and the history is returned.
+
+        History is made of messages of completed, stopped and interrupted turns, and of those
+        that belong to no turn; never of failed turns.
+        """
+
+    async def finish_turn(self, result: FinishTurn) -> bool:
+        """Ends a running turn and stores its reply; True when it is stored.
+
+        Repeated, it changes nothing and says True. A turn that was interrupted meanwhile (its
+        lease ran out) is still finished as long as no newer turn began in its session; after
+        that, and when the session is gone, nothing is stored and the answer is False.
+        """
+
+    async def renew_turns(self, turn_ids: Sequence[str], lease_seconds: float) -> None:
+        """Lets the leases of these turns, so far as they run, end `lease_seconds` from now."""
+
+    async def get_turn(self, turn_id: str, chatbot_id: str) -> TurnRecord | None:
+        """A turn of this chatbot."""
+
+    async def rate_turn(
+        self, turn_id: str, session_id: str, rating: Rating | None, comment: str | None
+    ) -> bool:
+        """Keeps what a visitor thinks of a turn; False when the session has no such turn."""
+
+    async def sweep(self) -> int:
+        """Marks running turns as interrupted whose process is gone, and says how many.
+
+        A process is gone when the lease ran out; a storage that knows sooner may say so
+        sooner. Called once at start before any turn, and then regularly.
+        """

@@ -1,0 +1,49 @@
+"""The distribution: the package `chatd`, the bundled plugins and the configurations."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+BUNDLED_PLUGINS = ["echo", "openai_compatible", "openrouter", "sqlite"]
+
+setup(
+    name="chatd",
+    version="0.1.0",
+    description="A chatbot back end: REST chat API, plugins for storage and model providers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE", "chatd/static/docs/LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["chatd", "chatd.*"]), "chatd_plugins", "chatd_config"],
+    # The folders keep the short names of the project's layout; what is installed is prefixed,
+    # so that site-packages never gets a top-level "plugins" or "config".
+    package_dir={"chatd_plugins": "plugins", "chatd_config": "config"},
+    package_data={
+        "chatd": ["py.typed", "schemas/*.json", "static/**/*"],
+        "chatd_plugins": ["py.typed"],
+        "chatd_config": ["*.yaml"],
+    },
+    install_requires=[
+        "aiohttp>=3.14,<4",
+        "apsw>=3.51.3",
+        "click>=8.2,<9",
+        "jsonschema>=4.25,<5",
+        "jsonschema-rs>=0.40,<1",
+        "orjson>=3.10,<4",
+        "pluggy>=1.6,<2",
+        "python-dotenv>=1.1,<2",
+        "PyYAML>=6.0.2,<7",
+        "tornado>=6.5.5,<7",
+    ],
+    entry_points={
+        "console_scripts": ["chatd = chatd.cli:main"],
+        "chatd": [f"{name} = chatd_plugins.{name}" for name in BUNDLED_PLUGINS],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
+    ],
+)
