@@ -34,6 +34,12 @@ from chatd.provider import (
     Timeouts,
     UsageReport,
 )
+from chatd.registry import (
+    InterceptorRegister,
+    ProviderRegister,
+    RouteRegister,
+    StorageRegister,
+)
 from chatd.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from chatd.storage import (
     BeginTurn,
@@ -89,6 +95,10 @@ __all__ = [
     "TurnStatus",
     "Usage",
     "UsageReport",
+    "InterceptorRegister",
+    "ProviderRegister",
+    "RouteRegister",
+    "StorageRegister",
     "__version__",
     "hookimpl",
 ]

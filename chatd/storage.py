@@ -205,5 +205,6 @@ class Storage(Protocol):
         """Marks running turns as interrupted whose process is gone, and says how many.
 
         A process is gone when the lease ran out; a storage that knows sooner may say so
-        sooner. Called once at start before any turn, and then regularly.
+        sooner. Such a turn's `error_code` is `process_lost`. Called once at start before any
+        turn, and then regularly.
         """

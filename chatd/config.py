@@ -1,0 +1,358 @@
+"""The configuration: one YAML file, read with its line numbers, checked all at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+from dotenv import load_dotenv
+
+from chatd.errors import ConfigError
+from chatd.provider import Timeouts
+from chatd.validation import Path, Schema, did_you_mean, schema
+
+_REFERENCE = re.compile(
+    r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?:(?P<how>:[-+])(?P<text>[^}]*))?)\}"
+)
+_TYPED = ("int", "float", "bool", "null", "str")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The process: where it listens and what it accepts. Times are seconds."""
+
+    host: str = "localhost"
+    port: int = 8000
+    public_url: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 64 * 1024
+    body_timeout: float = 15
+    chatbot_cache_seconds: float = 3
+    drain_seconds: float = 25
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A plugin's offer by name, and the settings that are the plugin's own."""
+
+    name: str
+    settings: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderConfig:
+    """A named provider."""
+
+    use: Use
+    timeouts: Timeouts
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One provider of a chain, and its own name for the model (`None`: the chatbot's)."""
+
+    provider: str
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRule:
+    """Which providers answer the models that match a pattern (`*` and `?`), in order."""
+
+    match: str
+    ask: tuple[Ask, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FirstChatbot:
+    """The chatbot that is made when there is none yet."""
+
+    name: str
+    model: str
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A configuration that was checked, whole."""
+
+    server: ServerConfig
+    storage: Use
+    providers: Mapping[str, ProviderConfig]
+    models: tuple[ModelRule, ...]
+    interceptors: tuple[Use, ...]
+    first_chatbot: FirstChatbot | None
+    log_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class PluginsConfig:
+    """Which plugins to load; needed before the rest can be checked."""
+
+    folder: FilePath | None
+    disable: frozenset[str]
+
+
+Offers = Mapping[str, Mapping[str, Schema]]
+"""Kind ("storage", "provider", "interceptor") → name → schema of its settings."""
+
+
+class ConfigFile:
+    """A configuration file as it was read: values, where each stands, and what is wrong so far."""
+
+    def __init__(self, path: FilePath | str, text: str, env: Mapping[str, str]) -> None:
+        self.path = path
+        self._lines: dict[Path, int] = {}
+        self._faults: list[tuple[int, str]] = []
+        self._env = env
+        self.values: Any = self._parse(text)
+        self._core_faults()
+
+    @classmethod
+    def read(cls, path: FilePath, env: Mapping[str, str] | None = None) -> ConfigFile:
+        """Reads a file. Raises `ConfigError` when there is none or it is not UTF-8 text."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigError([f"{path}: cannot be read: {reason}"]) from None
+        return cls(path, text, os.environ if env is None else env)
+
+    @property
+    def plugins(self) -> PluginsConfig:
+        """Which plugins to load; the defaults where that part of the file is at fault."""
+        part = self._part("plugins")
+        folder, disable = part.get("folder"), part.get("disable") or []
+        return PluginsConfig(
+            folder=FilePath(folder) if isinstance(folder, str) else None,
+            disable=frozenset(d for d in disable if isinstance(d, str))
+            if isinstance(disable, list)
+            else frozenset(),
+        )
+
+    def check(self, offers: Offers) -> Config:
+        """The checked configuration. Raises `ConfigError` with every fault, in line order."""
+        faults = [*self._faults, *self._plugin_faults(offers)]
+        if faults:
+            raise ConfigError([f"{self.path}:{line}: {text}" for line, text in sorted(set(faults))])
+        return _build(self.values)
+
+    # Reading
+
+    def _parse(self, text: str) -> Any:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            hint = ' (a "${NAME}" inside braces needs quotes)' if "${" in text else ""
+            self._faults.append((line, f"not valid YAML: {error.problem}{hint}"))
+            return None
+        except yaml.YAMLError as error:
+            self._faults.append((1, f"not valid YAML: {error}"))
+            return None
+        finally:
+            loader.dispose()
+        if node is None:
+            self._faults.append((1, "the file is empty"))
+            return None
+        return self._value(node, ())
+
+    def _value(self, node: yaml.Node, path: Path) -> Any:
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(child, (*path, i)) for i, child in enumerate(node.value)]
+        return self._scalar(node, path)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            key = key_node.value
+            if not isinstance(key, str):
+                self._faults.append((line, f"{_dotted(path)}: a key must be a plain word"))
+            elif key == "<<":
+                self._faults.append((line, f"{_dotted(path)}: merge keys (<<) are not supported"))
+            elif key in values:
+                first = self._lines[(*path, key)]
+                self._faults.append(
+                    (line, f"{_dotted((*path, key))}: stands twice, first on line {first}")
+                )
+            else:
+                self._lines[(*path, key)] = line
+                values[key] = self._value(value_node, (*path, key))
+        return values
+
+    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+        text = _REFERENCE.sub(lambda match: self._resolve(match, node, path), node.value)
+        tag = node.tag
+        if text != node.value and node.style is None:
+            # A plain (unquoted) reference stands for what would have been written there.
+            tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
+        if tag.rpartition(":")[2] not in _TYPED:
+            tag = "tag:yaml.org,2002:str"
+        try:
+            constructor = yaml.SafeLoader("")
+            return constructor.construct_object(yaml.ScalarNode(tag, text))
+        except (yaml.YAMLError, ValueError):
+            return text
+
+    def _resolve(self, match: re.Match[str], node: yaml.Node, path: Path) -> str:
+        line = node.start_mark.line + 1
+        if name := match["file"]:
+            try:
+                return FilePath(name).read_text(encoding="utf-8").rstrip("\r\n")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+                self._faults.append((line, f"{_dotted(path)}: {name} cannot be read: {reason}"))
+                return ""
+        name, how, text = match["name"], match["how"], match["text"]
+        value = self._env.get(name, "")
+        if how == ":+":
+            return text if value else ""
+        if how == ":-":
+            return value or text
+        if name not in self._env:
+            self._faults.append(
+                (
+                    line,
+                    f"{_dotted(path)}: the environment variable {name} is not set: set it, or "
+                    f"write a default, ${{{name}:-default}}",
+                )
+            )
+        return value
+
+    # Checking
+
+    def _part(self, *path: str) -> dict[str, Any]:
+        value = self.values
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else {}
+
+    def _line(self, path: Path) -> int:
+        while path and path not in self._lines:
+            path = path[:-1]
+        return self._lines.get(path, 1)
+
+    def _add(self, faults: list[tuple[int, str]], path: Path, text: str) -> None:
+        colon = "" if text.startswith("is required") else ":"
+        faults.append((self._line(path), f"{_dotted(path)}{colon} {text}"))
+
+    def _core_faults(self) -> None:
+        if self.values is None and self._faults:
+            return
+        for path, text in schema("config").faults(self.values):
+            self._add(self._faults, path, text)
+
+    def _plugin_faults(self, offers: Offers) -> list[tuple[int, str]]:
+        faults: list[tuple[int, str]] = []
+        self._use_faults(faults, offers, "storage", ("storage",), set())
+        for name in self._part("providers"):
+            if self._part("providers", name).get("enabled", True):
+                self._use_faults(
+                    faults, offers, "provider", ("providers", name), {"enabled", "timeouts"}
+                )
+        interceptors = self.values.get("interceptors") if isinstance(self.values, dict) else None
+        for i in range(len(interceptors) if isinstance(interceptors, list) else 0):
+            self._use_faults(faults, offers, "interceptor", ("interceptors", i), set())
+        self._ask_faults(faults)
+        return faults
+
+    def _use_faults(
+        self,
+        faults: list[tuple[int, str]],
+        offers: Offers,
+        kind: str,
+        path: Path,
+        own: set[str],
+    ) -> None:
+        value = self.values
+        for name in path:
+            value = value[name] if isinstance(value, list) else (value or {}).get(name)
+        if not isinstance(value, dict) or not isinstance(use := value.get("use"), str):
+            return
+        if use not in offers[kind]:
+            known = sorted(offers[kind])
+            hint = did_you_mean(use, known) or f"; there is {', '.join(known) or 'none'}"
+            self._add(faults, (*path, "use"), f'no plugin offers the {kind} "{use}"{hint}')
+            return
+        for inner, text in offers[kind][use].faults(_settings(value, own)):
+            self._add(faults, (*path, *inner), text)
+
+    def _ask_faults(self, faults: list[tuple[int, str]]) -> None:
+        rules = self.values.get("models") if isinstance(self.values, dict) else None
+        known = self._part("providers")
+        for i, rule in enumerate(rules if isinstance(rules, list) else []):
+            asks = rule.get("ask") if isinstance(rule, dict) else None
+            for j, ask in enumerate(asks if isinstance(asks, list) else []):
+                name = ask.get("provider") if isinstance(ask, dict) else ask
+                if isinstance(name, str) and name not in known:
+                    hint = did_you_mean(name, known) or f"; there is {', '.join(known) or 'none'}"
+                    self._add(
+                        faults, ("models", i, "ask", j), f'there is no provider "{name}"{hint}'
+                    )
+
+
+def _settings(value: Mapping[str, Any], own: set[str]) -> dict[str, Any]:
+    return {k: v for k, v in value.items() if k != "use" and k not in own}
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)
+    return text.removeprefix(".") or "the file"
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    server = dict(values.get("server") or {})
+    if "allowed_origins" in server:
+        server["allowed_origins"] = tuple(server["allowed_origins"])
+    providers = {
+        name: ProviderConfig(
+            Use(part["use"], _settings(part, {"enabled", "timeouts"})),
+            Timeouts(**part.get("timeouts", {})),
+        )
+        for name, part in values["providers"].items()
+        if part.get("enabled", True)
+    }
+    first = values.get("first_chatbot")
+    return Config(
+        server=ServerConfig(**server),
+        storage=Use(values["storage"]["use"], _settings(values["storage"], set())),
+        providers=providers,
+        models=tuple(
+            ModelRule(
+                rule["match"],
+                tuple(Ask(a) if isinstance(a, str) else Ask(**a) for a in rule["ask"]),
+            )
+            for rule in values["models"]
+        ),
+        interceptors=tuple(Use(i["use"], _settings(i, set())) for i in values.get("interceptors") or ()),
+        first_chatbot=FirstChatbot(**first) if first else None,
+        log_level=values.get("log_level", "info"),
+    )
+
+
+def load_env_file(folder: FilePath) -> None:
+    """Reads `.env` in `folder`, if there is one; what the environment already says stays."""
+    load_dotenv(folder / ".env", override=False)
+
+
+def find_config(given: FilePath | None, folder: FilePath, packaged: FilePath) -> FilePath:
+    """The file to use: `given`, `$CHATD_CONFIG`, `config/chatd.yaml`, `chatd.yaml`, `packaged`."""
+    if given is not None:
+        return given
+    if named := os.environ.get("CHATD_CONFIG"):
+        return FilePath(named)
+    for candidate in (folder / "config" / "chatd.yaml", folder / "chatd.yaml"):
+        if candidate.is_file():
+            return candidate
+    return packaged

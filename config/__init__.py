@@ -1,0 +1,1 @@
+"""The configurations that the distribution carries, as package data."""

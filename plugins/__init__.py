@@ -1,0 +1,1 @@
+"""The bundled plugins, installed as `chatd_plugins`: one file, one plugin."""

@@ -1,0 +1,443 @@
+"""Any server that speaks OpenAI's chat completions: LiteLLM, vLLM, llama.cpp, Ollama and others.
+
+The wire format is here once; `openrouter` builds on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import aiohttp
+
+import chatd
+
+MAX_BODY_BYTES = chatd.MAX_EVENT_BYTES
+"""The largest answer in one piece that is read."""
+
+END_GRACE_SECONDS = 0.5
+"""How long the end of the body is waited for once the answer is whole: usage often comes after
+the finish reason, and a connection read to its end can be used again."""
+
+_Kind = chatd.ProviderErrorKind
+_BY_STATUS = {
+    401: _Kind.AUTHENTICATION,
+    402: _Kind.CREDIT,
+    403: _Kind.AUTHENTICATION,
+    408: _Kind.TIMEOUT,
+    429: _Kind.RATE_LIMIT,
+}
+_CONTEXT_LENGTH = re.compile(
+    r"context[ _](length|window|size)|maximum context|too many tokens|prompt is too long", re.I
+)
+_FINISH_REASONS: dict[str, chatd.FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "content_filter": "content_filter",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+}
+
+
+class ChatCompletions:
+    """`chatd.Provider` over `POST {base_url}/chat/completions`.
+
+    :param base_url: the address up to and including the version, without a slash at the end.
+    :param headers: sent with every request.
+    :param parameters: put into every request's body.
+    :param secrets: strings that must not come out in an error.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        headers: Mapping[str, str],
+        parameters: Mapping[str, Any],
+        secrets: tuple[str, ...] = (),
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._parameters = parameters
+        self._secrets = tuple(s for s in secrets if s)
+        self._http = aiohttp.ClientSession(
+            # Nothing compressed is asked for or unpacked: a small body cannot become a huge one.
+            headers={"Accept-Encoding": "identity", **headers},
+            auto_decompress=False,
+            connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def check(self) -> None:
+        async with self._send("GET", "/models", None, 5) as response:
+            await self._raise_for_status(response, None)
+
+    def body(self, request: chatd.ProviderRequest) -> dict[str, Any]:
+        """The request's JSON."""
+        body: dict[str, Any] = {
+            "model": request.model,
+            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "stream": request.stream,
+        }
+        if request.stream:
+            body["stream_options"] = {"include_usage": True}
+        if request.max_output_tokens is not None:
+            body["max_tokens"] = request.max_output_tokens
+        if request.temperature is not None:
+            body["temperature"] = request.temperature
+        if request.user is not None:
+            body["user"] = request.user
+        return {**body, **self._parameters, **request.parameters}
+
+    async def stream(self, request: chatd.ProviderRequest) -> AsyncIterator[chatd.Event]:
+        answer = _Answer()
+        try:
+            async with self._send(
+                "POST", "/chat/completions", self.body(request), request.timeouts.connect
+            ) as response:
+                await self._raise_for_status(response, request)
+                if response.content_type == "text/event-stream":
+                    async for event in self._events(response, answer):
+                        yield event
+                else:
+                    for event in answer.whole(await self._json(response)):
+                        yield event
+            for event in answer.end():
+                yield event
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._translated(error, answer) from error
+        except _Told as error:
+            raise self._error(error.error, error.status, request, reached_model=True) from None
+
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None, connect: float
+    ) -> Any:
+        return self._http.request(
+            method,
+            self._base_url + path,
+            json=body,
+            # A redirect would take the key to another host.
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect),
+        )
+
+    async def _events(
+        self, response: aiohttp.ClientResponse, answer: _Answer
+    ) -> AsyncIterator[chatd.Event]:
+        decoder = chatd.SSEDecoder()
+        ended_at: float | None = None
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with asyncio.timeout_at(ended_at):
+                    chunk = await response.content.readany()
+            except TimeoutError:
+                return
+            if not chunk:
+                return
+            try:
+                for data in decoder.feed(chunk):
+                    for event in answer.chunk(data):
+                        yield event
+            except chatd.EventTooLarge as error:
+                raise chatd.ProviderError(_Kind.PROTOCOL, str(error), reached_model=True) from None
+            if answer.is_whole and ended_at is None:
+                ended_at = loop.time() + END_GRACE_SECONDS
+
+    async def _json(self, response: aiohttp.ClientResponse) -> Any:
+        text = await _read(response)
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise chatd.ProviderError(
+                _Kind.PROTOCOL,
+                f"HTTP {response.status} with {response.content_type} that is not JSON",
+                status=response.status,
+                reached_model=response.status < 300,
+            ) from None
+
+    async def _raise_for_status(
+        self, response: aiohttp.ClientResponse, request: chatd.ProviderRequest | None
+    ) -> None:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if response.status < 300 and encoding in ("identity", ""):
+            return
+        if response.status < 300:
+            raise chatd.ProviderError(_Kind.PROTOCOL, f"unasked Content-Encoding {encoding[:32]}")
+        if response.status < 400:
+            raise chatd.ProviderError(
+                _Kind.PROTOCOL,
+                f"HTTP {response.status}: a redirect, which is not followed: check base_url",
+                status=response.status,
+                retryable=False,
+            )
+        try:
+            body = await self._json(response)
+        except chatd.ProviderError:
+            body = None
+        error = body.get("error") if isinstance(body, dict) else None
+        raise self._error(
+            error, response.status, request, retry_after=response.headers.get("Retry-After")
+        )
+
+    def _error(
+        self,
+        error: Any,
+        status: int | None,
+        request: chatd.ProviderRequest | None,
+        *,
+        retry_after: str | None = None,
+        reached_model: bool = False,
+    ) -> chatd.ProviderError:
+        """What a provider tells of a failure, as the error of its kind."""
+        told = error if isinstance(error, dict) else {"message": error}
+        code, message = told.get("code"), told.get("message")
+        message = message if isinstance(message, str) else ""
+        if isinstance(code, int) and 400 <= code < 600:
+            status = code
+        elif isinstance(code, str) and re.fullmatch(r"[45][0-9]{2}", code, re.ASCII):
+            status = int(code)
+        return chatd.ProviderError(
+            _kind(status, f"{code} {message}", told.get("metadata")),
+            self._clean(f"HTTP {status}, code {code}: {message}", request),
+            status=status,
+            retry_after=_seconds(retry_after),
+            reached_model=reached_model,
+        )
+
+    def _translated(self, error: Exception, answer: _Answer) -> chatd.ProviderError:
+        kind = _Kind.INCOMPLETE if answer.started else _Kind.CONNECTION
+        if isinstance(error, aiohttp.ServerTimeoutError):
+            kind = _Kind.TIMEOUT
+        return chatd.ProviderError(
+            kind,
+            self._clean(f"{type(error).__name__}: {error}", None),
+            reached_model=answer.started,
+        )
+
+    def _clean(self, text: str, request: chatd.ProviderRequest | None) -> str:
+        """`text` for the operator's log: no key, nothing that was said, not long."""
+        hidden = list(self._secrets)
+        if request is not None:
+            hidden += [m.content for m in request.messages if len(m.content) >= 4]
+        for secret in sorted(hidden, key=len, reverse=True):
+            text = text.replace(secret, "[removed]")
+        return text[:300]
+
+
+class _Told(Exception):
+    """The provider said in its answer that it failed."""
+
+    def __init__(self, error: Any, status: int | None = None) -> None:
+        super().__init__("the provider told of an error")
+        self.error = error
+        self.status = status
+
+
+class _Answer:
+    """What has come of an answer."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.is_whole = False
+        self._model: str | None = None
+        self._usage: chatd.Usage | None = None
+        self._reason: chatd.FinishReason = "stop"
+
+    def chunk(self, data: bytes) -> Iterator[chatd.Event]:
+        """The events of one event's data."""
+        if data.strip() == b"[DONE]":
+            self.is_whole = True
+            return
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            raise chatd.ProviderError(
+                _Kind.PROTOCOL, "a chunk that is not JSON", reached_model=True
+            ) from None
+        yield from self._read(value, "delta")
+
+    def whole(self, value: Any) -> Iterator[chatd.Event]:
+        """The events of an answer in one piece."""
+        yield from self._read(value, "message")
+        if isinstance(value, dict) and value.get("choices"):
+            self.is_whole = True
+
+    def end(self) -> Iterator[chatd.Event]:
+        """The last events, or the error that there is no end."""
+        if not self.is_whole:
+            raise chatd.ProviderError(
+                _Kind.INCOMPLETE, "the answer stopped without an end", reached_model=True
+            )
+        if self._usage is not None:
+            yield chatd.UsageReport(self._usage)
+        yield chatd.Finish(self._reason, self._model)
+
+    def _read(self, value: Any, part: str) -> Iterator[chatd.Event]:
+        if not isinstance(value, dict):
+            raise chatd.ProviderError(_Kind.PROTOCOL, "JSON that is not an object", reached_model=True)
+        if value.get("error"):
+            raise _Told(value["error"])
+        if isinstance(model := value.get("model"), str) and model:
+            self._model = model
+        if isinstance(value.get("usage"), dict):
+            self._usage = _usage(value["usage"])
+        choices = value.get("choices")
+        for choice in choices[:1] if isinstance(choices, list) else []:
+            if isinstance(choice, dict):
+                yield from self._choice(choice, part)
+
+    def _choice(self, choice: dict[str, Any], part: str) -> Iterator[chatd.Event]:
+        reason = choice.get("finish_reason")
+        if choice.get("error") or reason == "error":
+            raise _Told(choice.get("error") or "finish_reason error")
+        if reason is None and choice.get("native_finish_reason") == "error":
+            raise _Told("native_finish_reason error")
+        said = choice.get(part)
+        if isinstance(said, dict):
+            if thought := _text(said.get("reasoning") or said.get("reasoning_content")):
+                self.started = True
+                yield chatd.ReasoningDelta(thought)
+            if text := _text(said.get("content")):
+                self.started = True
+                yield chatd.TextDelta(text)
+        if isinstance(reason, str) and reason and not self.is_whole:
+            self.is_whole = True
+            self._reason = _FINISH_REASONS.get(reason, "other")
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise chatd.ProviderError(
+                _Kind.PROTOCOL, f"an answer of more than {MAX_BODY_BYTES} bytes", reached_model=True
+            )
+    return b"".join(parts)
+
+
+def _kind(status: int | None, words: str, metadata: Any) -> chatd.ProviderErrorKind:
+    if status in (400, 404, 413, 422):
+        return _Kind.CONTEXT_LENGTH if _CONTEXT_LENGTH.search(words) else _Kind.INVALID_REQUEST
+    if status == 403 and isinstance(metadata, dict) and "reasons" in metadata:
+        return _Kind.MODERATION
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    if status is not None and 400 <= status < 500:
+        return _Kind.INVALID_REQUEST
+    return _Kind.OVERLOADED
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date (RFC 9110, 10.2.3)."""
+    if not retry_after:
+        return None
+    if re.fullmatch(r"[0-9]{1,9}", retry_after.strip(), re.ASCII):
+        return float(retry_after)
+    try:
+        when = parsedate_to_datetime(retry_after)
+        return max(0.0, (when - when.now(when.tzinfo)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content: a string, or a list of parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return ""
+
+
+def _usage(value: dict[str, Any]) -> chatd.Usage:
+    prompt, completion = value.get("prompt_tokens_details"), value.get("completion_tokens_details")
+    cost = value.get("cost")
+    return chatd.Usage(
+        input_tokens=_count(value.get("prompt_tokens")),
+        output_tokens=_count(value.get("completion_tokens")),
+        cached_tokens=_count(prompt.get("cached_tokens")) if isinstance(prompt, dict) else None,
+        reasoning_tokens=_count(completion.get("reasoning_tokens"))
+        if isinstance(completion, dict)
+        else None,
+        cost_usd=float(cost)
+        if isinstance(cost, int | float) and not isinstance(cost, bool) and cost >= 0
+        else None,
+    )
+
+
+def _count(value: Any) -> int | None:
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+    return value if good else None
+
+
+async def open_openai_compatible(settings: Mapping[str, Any]) -> ChatCompletions:
+    """Makes a client from the settings."""
+    key = settings.get("api_key") or ""
+    headers = dict(settings.get("headers", {}))
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    return ChatCompletions(
+        settings["base_url"],
+        headers=headers,
+        parameters=settings.get("parameters", {}),
+        secrets=(key, *settings.get("headers", {}).values()),
+    )
+
+
+BASE_URL = {
+    "type": "string",
+    "pattern": "^https?://[^\\s?#]+$",
+    "x-error": "must be an address like http://127.0.0.1:11434/v1",
+    "description": "The address up to and including the version, like http://127.0.0.1:11434/v1.",
+}
+PARAMETERS = {
+    "type": "object",
+    "description": "Put into the body of every request, like {top_p: 0.9}.",
+}
+HEADER_VALUE = {
+    "type": "string",
+    "pattern": "^[ -~]*$",
+    "x-error": "must be visible ASCII characters, as in a header",
+}
+_SETTINGS = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["base_url"],
+    "properties": {
+        "base_url": BASE_URL,
+        "api_key": {
+            **HEADER_VALUE,
+            "type": ["string", "null"],
+            "description": "Sent as a bearer token; leave it out where none is needed.",
+        },
+        "headers": {
+            "type": "object",
+            "additionalProperties": HEADER_VALUE,
+            "description": "Further headers of every request.",
+        },
+        "parameters": PARAMETERS,
+    },
+}
+
+
+@chatd.hookimpl
+def chatd_register_provider(register: chatd.ProviderRegister) -> None:
+    register.add(
+        "openai_compatible",
+        open_openai_compatible,
+        _SETTINGS,
+        "any server with OpenAI's /chat/completions",
+    )

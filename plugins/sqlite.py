@@ -1,0 +1,743 @@
+"""Storage in one SQLite file: the embedded default.
+
+One connection writes, on a thread of its own, where everything that waits at the same moment
+shares one commit; another one reads. Times in the database are seconds since 1970 by SQLite's
+own clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import apsw
+
+import chatd
+
+T = TypeVar("T")
+Work = Callable[[apsw.Connection], Any]
+
+MAX_GROUP = 256
+"""The most operations that share a commit, so that the first of them does not wait too long."""
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE chatbots (
+        id TEXT PRIMARY KEY,
+        api_key TEXT NOT NULL UNIQUE,
+        model_name TEXT NOT NULL,
+        name TEXT NOT NULL,
+        settings TEXT NOT NULL,
+        created_at REAL NOT NULL DEFAULT (unixepoch('subsec')),
+        updated_at REAL NOT NULL DEFAULT (unixepoch('subsec'))
+    ) STRICT;
+    CREATE TABLE sessions (
+        session_id TEXT PRIMARY KEY,
+        chatbot_id TEXT NOT NULL REFERENCES chatbots(id) ON DELETE CASCADE,
+        created_at REAL NOT NULL DEFAULT (unixepoch('subsec')),
+        channel TEXT,
+        user_id TEXT,
+        metadata TEXT NOT NULL DEFAULT '{}'
+    ) STRICT;
+    CREATE INDEX sessions_of_chatbot ON sessions (chatbot_id);
+    CREATE TABLE turns (
+        turn_id TEXT PRIMARY KEY,
+        seq INTEGER NOT NULL,
+        session_id TEXT NOT NULL REFERENCES sessions(session_id) ON DELETE CASCADE,
+        status TEXT NOT NULL,
+        label TEXT,
+        idempotency_key TEXT,
+        request_hash BLOB,
+        lease_until REAL NOT NULL,
+        rerunnable INTEGER NOT NULL DEFAULT 0,
+        reply_id INTEGER,
+        model TEXT,
+        provider TEXT,
+        finish_reason TEXT,
+        error_code TEXT,
+        input_tokens INTEGER,
+        output_tokens INTEGER,
+        cached_tokens INTEGER,
+        reasoning_tokens INTEGER,
+        cost_usd REAL,
+        attempts TEXT NOT NULL DEFAULT '[]',
+        rating TEXT,
+        comment TEXT,
+        started_at REAL NOT NULL DEFAULT (unixepoch('subsec')),
+        finished_at REAL
+    ) STRICT, WITHOUT ROWID;
+    CREATE UNIQUE INDEX turns_of_session ON turns (session_id, seq);
+    CREATE UNIQUE INDEX one_running_turn ON turns (session_id) WHERE status = 'running';
+    CREATE UNIQUE INDEX one_turn_per_key ON turns (session_id, idempotency_key)
+        WHERE idempotency_key IS NOT NULL;
+    CREATE INDEX running_leases ON turns (lease_until) WHERE status = 'running';
+    CREATE TABLE conversations (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        session_id TEXT NOT NULL REFERENCES sessions(session_id) ON DELETE CASCADE,
+        role TEXT NOT NULL,
+        content TEXT NOT NULL,
+        timestamp REAL NOT NULL DEFAULT (unixepoch('subsec')),
+        turn_id TEXT
+    ) STRICT;
+    CREATE INDEX conversations_of_session ON conversations (session_id, id);
+    """,
+)
+"""Forward migrations: the n-th brings a database of version n to n + 1. Never edit, only add."""
+
+_CHATBOT = "id, name, model_name, api_key, settings, created_at, updated_at"
+_TURN = (
+    "t.turn_id, t.session_id, s.chatbot_id, t.status, t.label, c.content, t.model, t.provider,"
+    " t.finish_reason, t.error_code, t.input_tokens, t.output_tokens, t.cached_tokens,"
+    " t.reasoning_tokens, t.cost_usd, t.attempts, t.rating, t.comment, t.started_at, t.finished_at"
+)
+_TURN_FROM = (
+    " FROM turns t JOIN sessions s ON s.session_id = t.session_id"
+    " LEFT JOIN conversations c ON c.id = t.reply_id"
+)
+_KEY_SCHEME = "sha256:"
+
+
+def _unavailable(error: apsw.Error, path: Path) -> chatd.StorageUnavailable:
+    """SQLite's errors in the operator's words."""
+    match error:
+        case apsw.BusyError() | apsw.LockedError():
+            what = "is locked by another process that writes to it"
+        case apsw.FullError():
+            what = "cannot grow: the disk is full"
+        case apsw.ReadOnlyError():
+            what = "is read-only: check the permissions of the file and its folder"
+        case apsw.NotADBError():
+            what = "is not a SQLite database: name another file under storage.path"
+        case apsw.CorruptError():
+            what = "is damaged: restore a backup, or recover it with the sqlite3 tool's .recover"
+        case apsw.CantOpenError():
+            what = "cannot be opened: check that its folder exists and can be written"
+        case _:
+            what = f"failed: {type(error).__name__}: {error}"
+    return chatd.StorageUnavailable(f"sqlite: {path} {what}")
+
+
+class _Connection(threading.Thread):
+    """A connection on a thread of its own, which runs what is submitted, in order.
+
+    :param write: whether what waits is run in one transaction, each piece in a savepoint, so
+        that one piece's failure never undoes another's work.
+    """
+
+    def __init__(self, path: Path, open: Callable[[], apsw.Connection], *, write: bool) -> None:
+        super().__init__(name=f"sqlite-{'write' if write else 'read'}", daemon=True)
+        self._path = path
+        self._open = open
+        self._write = write
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[tuple[asyncio.Future[Any], Work] | None] = queue.SimpleQueue()
+        self._closed = False
+
+    async def submit(self, work: Callable[[apsw.Connection], T]) -> T:
+        """The result of `work`, once it is committed. Raises what it raises."""
+        if self._closed:
+            raise chatd.StorageUnavailable("sqlite: the storage is closed")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._queue.put((future, work))
+        return await future
+
+    async def close(self) -> None:
+        """Lets what was submitted finish, and ends the thread."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+            await asyncio.to_thread(self.join)
+
+    def run(self) -> None:
+        connection: apsw.Connection | None = None
+        while group := self._next_group():
+            if connection is None:
+                # Opened here, and again after a failure: a storage comes back by itself.
+                try:
+                    connection = self._open()
+                except apsw.Error as error:
+                    self._deliver([(future, None, _unavailable(error, self._path)) for future, _ in group])
+                    continue
+            self._deliver(self._run_group(connection, group))
+        if connection is not None:
+            connection.close()
+
+    def _next_group(self) -> list[tuple[asyncio.Future[Any], Work]]:
+        first = self._queue.get()
+        if first is None:
+            return []
+        group = [first]
+        with contextlib.suppress(queue.Empty):
+            while len(group) < MAX_GROUP:
+                item = self._queue.get_nowait()
+                if item is None:
+                    self._queue.put(None)
+                    break
+                group.append(item)
+        return group
+
+    def _run_group(
+        self, connection: apsw.Connection, group: Sequence[tuple[asyncio.Future[Any], Work]]
+    ) -> list[tuple[asyncio.Future[Any], Any, BaseException | None]]:
+        outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
+        try:
+            if self._write:
+                connection.execute("BEGIN IMMEDIATE")
+            for future, work in group:
+                outcomes.append((future, *self._run_one(connection, work)))
+            if self._write:
+                connection.execute("COMMIT")
+        except apsw.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            return [(future, None, _unavailable(error, self._path)) for future, _ in group]
+        return outcomes
+
+    def _run_one(self, connection: apsw.Connection, work: Work) -> tuple[Any, BaseException | None]:
+        if not self._write:
+            try:
+                return work(connection), None
+            except Exception as error:
+                return None, self._translated(error)
+        connection.execute("SAVEPOINT piece")
+        try:
+            result = work(connection)
+        except Exception as error:
+            if not connection.in_transaction:
+                # SQLite itself undid the whole transaction (disk full, I/O error).
+                raise
+            connection.execute("ROLLBACK TO piece")
+            connection.execute("RELEASE piece")
+            return None, self._translated(error)
+        connection.execute("RELEASE piece")
+        return result, None
+
+    def _translated(self, error: Exception) -> Exception:
+        return _unavailable(error, self._path) if isinstance(error, apsw.Error) else error
+
+    def _deliver(self, outcomes: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+        # The loop may be gone when a process ends in mid-operation; nobody waits then.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_resolve, outcomes)
+
+
+def _resolve(outcomes: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+    for future, result, error in outcomes:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+
+class SQLiteStorage:
+    """`chatd.Storage` in a file."""
+
+    def __init__(self, path: Path, *, synchronous: str, busy_timeout: float) -> None:
+        self._path = path
+        self._synchronous = synchronous
+        self._busy_timeout = busy_timeout
+        self._writer = _Connection(path, self._connect, write=True)
+        self._reader = _Connection(path, self._connect, write=False)
+        self._lock: IO[bytes] | None = None
+
+    async def open(self) -> None:
+        """Creates or migrates the database. Raises `PluginError` when it cannot be used."""
+        self._writer.start()
+        self._reader.start()
+        try:
+            await self._writer.submit(self._migrate)
+        except chatd.StorageUnavailable as error:
+            await self.close()
+            raise chatd.PluginError(error.detail) from error
+        except chatd.PluginError:
+            await self.close()
+            raise
+
+    def _connect(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self._path))
+        connection.set_busy_timeout(round(self._busy_timeout * 1000))
+        connection.pragma("journal_mode", "wal")
+        connection.pragma("synchronous", self._synchronous)
+        connection.pragma("foreign_keys", True)
+        return connection
+
+    def _migrate(self, db: apsw.Connection) -> None:
+        db.execute("CREATE TABLE IF NOT EXISTS chatd_schema (version INTEGER NOT NULL) STRICT")
+        version = db.execute("SELECT coalesce(max(version), 0) FROM chatd_schema").get
+        if version > len(_MIGRATIONS):
+            raise chatd.PluginError(
+                f"sqlite: {self._path} was written by a newer chatd (schema {version}, this one "
+                f"knows {len(_MIGRATIONS)}): install that version"
+            )
+        for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
+            db.execute(script)
+            db.execute("INSERT INTO chatd_schema VALUES (?)", (number,))
+
+    async def close(self) -> None:
+        await self._writer.close()
+        await self._reader.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    async def check(self) -> None:
+        await self._writer.submit(lambda db: db.execute("SELECT 1 FROM chatd_schema").get)
+        await self._reader.submit(lambda db: db.execute("SELECT 1 FROM chatd_schema").get)
+
+    # Chatbots
+
+    async def add_chatbot(self, chatbot: chatd.Chatbot) -> None:
+        def work(db: apsw.Connection) -> None:
+            with _conflicts():
+                db.execute(
+                    "INSERT INTO chatbots (id, name, model_name, api_key, settings)"
+                    " VALUES (?, ?, ?, ?, ?)",
+                    (chatbot.id, *_chatbot_columns(chatbot)),
+                )
+
+        await self._writer.submit(work)
+
+    async def get_chatbot(self, chatbot_id: str) -> chatd.Chatbot | None:
+        return await self._chatbot("id = ?", chatbot_id)
+
+    async def get_chatbot_by_key(self, api_key_hash: bytes) -> chatd.Chatbot | None:
+        return await self._chatbot("api_key = ?", _KEY_SCHEME + api_key_hash.hex())
+
+    async def _chatbot(self, where: str, value: str) -> chatd.Chatbot | None:
+        row = await self._reader.submit(
+            lambda db: db.execute(f"SELECT {_CHATBOT} FROM chatbots WHERE {where}", (value,)).fetchone()
+        )
+        return _chatbot(row) if row else None
+
+    async def list_chatbots(self) -> Sequence[chatd.Chatbot]:
+        rows = await self._reader.submit(
+            lambda db: db.execute(f"SELECT {_CHATBOT} FROM chatbots ORDER BY created_at, id").fetchall()
+        )
+        return [_chatbot(row) for row in rows]
+
+    async def update_chatbot(self, chatbot: chatd.Chatbot) -> bool:
+        def work(db: apsw.Connection) -> bool:
+            with _conflicts():
+                db.execute(
+                    "UPDATE chatbots SET name = ?, model_name = ?, api_key = ?, settings = ?,"
+                    " updated_at = unixepoch('subsec') WHERE id = ?",
+                    (*_chatbot_columns(chatbot), chatbot.id),
+                )
+            return db.changes() > 0
+
+        return await self._writer.submit(work)
+
+    async def remove_chatbot(self, chatbot_id: str) -> bool:
+        return await self._change("DELETE FROM chatbots WHERE id = ?", (chatbot_id,))
+
+    async def _change(self, sql: str, values: tuple[Any, ...]) -> bool:
+        def work(db: apsw.Connection) -> bool:
+            db.execute(sql, values)
+            return db.changes() > 0
+
+        return await self._writer.submit(work)
+
+    async def allowed_origins(self) -> frozenset[str]:
+        rows = await self._reader.submit(
+            lambda db: db.execute(
+                "SELECT DISTINCT o.value FROM chatbots b, json_each(b.settings, '$.allowed_origins') o"
+            ).fetchall()
+        )
+        return frozenset(str(origin) for (origin,) in rows)
+
+    # Sessions
+
+    async def create_session(self, session: chatd.Session) -> None:
+        def work(db: apsw.Connection) -> None:
+            if not db.execute("SELECT 1 FROM chatbots WHERE id = ?", (session.chatbot_id,)).fetchone():
+                raise chatd.NotFound
+            db.execute(
+                "INSERT INTO sessions (session_id, chatbot_id, channel, user_id, metadata)"
+                " VALUES (?, ?, ?, ?, ?) ON CONFLICT (session_id) DO NOTHING",
+                (
+                    session.id,
+                    session.chatbot_id,
+                    session.channel,
+                    session.user_id,
+                    json.dumps(session.metadata, ensure_ascii=False),
+                ),
+            )
+
+        await self._writer.submit(work)
+
+    async def get_session(self, session_id: str) -> chatd.Session | None:
+        row = await self._reader.submit(
+            lambda db: db.execute(
+                "SELECT session_id, chatbot_id, channel, user_id, metadata, created_at"
+                " FROM sessions WHERE session_id = ?",
+                (session_id,),
+            ).fetchone()
+        )
+        if row is None:
+            return None
+        id, chatbot_id, channel, user_id, metadata, created_at = row
+        return chatd.Session(
+            id, chatbot_id, channel, user_id, json.loads(metadata), _time(created_at)
+        )
+
+    async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
+        return await self._change(
+            "DELETE FROM sessions WHERE session_id = ? AND chatbot_id = ?", (session_id, chatbot_id)
+        )
+
+    async def list_messages(
+        self, session_id: str, chatbot_id: str, *, limit: int, before: int | None = None
+    ) -> chatd.MessagePage:
+        def work(db: apsw.Connection) -> list[Any]:
+            _require_session(db, session_id, chatbot_id)
+            return db.execute(
+                "SELECT id, role, content, timestamp, turn_id FROM conversations"
+                " WHERE session_id = ? AND id < ? ORDER BY id DESC LIMIT ?",
+                (session_id, 2**63 - 1 if before is None else before, limit + 1),
+            ).fetchall()
+
+        rows = await self._reader.submit(work)
+        messages = [chatd.StoredMessage(i, r, c, _utc(t), turn) for i, r, c, t, turn in rows[:limit]]
+        return chatd.MessagePage(messages[::-1], has_more=len(rows) > limit)
+
+    # Turns
+
+    async def begin_turn(self, request: chatd.BeginTurn) -> chatd.BegunTurn | chatd.ExistingTurn:
+        return await self._writer.submit(lambda db: _begin(db, request))
+
+    async def finish_turn(self, result: chatd.FinishTurn) -> bool:
+        return await self._writer.submit(lambda db: _finish(db, result))
+
+    async def renew_turns(self, turn_ids: Sequence[str], lease_seconds: float) -> None:
+        await self._writer.submit(
+            lambda db: db.execute(
+                "UPDATE turns SET lease_until = unixepoch('subsec') + ? WHERE status = 'running'"
+                " AND turn_id IN (SELECT value FROM json_each(?))",
+                (lease_seconds, json.dumps(list(turn_ids))),
+            )
+        )
+
+    async def get_turn(self, turn_id: str, chatbot_id: str) -> chatd.TurnRecord | None:
+        row = await self._reader.submit(
+            lambda db: db.execute(
+                f"SELECT {_TURN}{_TURN_FROM} WHERE t.turn_id = ? AND s.chatbot_id = ?",
+                (turn_id, chatbot_id),
+            ).fetchone()
+        )
+        return _turn(row) if row else None
+
+    async def rate_turn(
+        self, turn_id: str, session_id: str, rating: chatd.Rating | None, comment: str | None
+    ) -> bool:
+        return await self._change(
+            "UPDATE turns SET rating = ?, comment = ? WHERE turn_id = ? AND session_id = ?",
+            (rating, comment, turn_id, session_id),
+        )
+
+    async def sweep(self) -> int:
+        if self._lock is None:
+            self._lock, alone = _take_lock(Path(f"{self._path}-lock"))
+        else:
+            alone = False
+        # Nobody else serves this file, and this process has not begun: all that runs is dead.
+        where = "" if alone else " AND lease_until <= unixepoch('subsec')"
+
+        def work(db: apsw.Connection) -> int:
+            db.execute(_INTERRUPT + where)
+            return db.changes()
+
+        return await self._writer.submit(work)
+
+
+_INTERRUPT = (
+    "UPDATE turns SET status = 'interrupted', error_code = 'process_lost',"
+    " finished_at = unixepoch('subsec') WHERE status = 'running'"
+)
+
+
+def _take_lock(path: Path) -> tuple[IO[bytes], bool]:
+    """A lock that every server on this file shares for its life, and whether it is the only one."""
+    lock = open(path, "ab")  # noqa: SIM115 - kept open: the lock lives as long as it is
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except OSError:
+        alone = False
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_SH | (0 if alone else fcntl.LOCK_NB))
+    return lock, alone
+
+
+def _require_session(db: apsw.Connection, session_id: str, chatbot_id: str) -> None:
+    row = db.execute(
+        "SELECT 1 FROM sessions WHERE session_id = ? AND chatbot_id = ?", (session_id, chatbot_id)
+    ).fetchone()
+    if row is None:
+        raise chatd.NotFound
+
+
+def _begin(db: apsw.Connection, request: chatd.BeginTurn) -> chatd.BegunTurn | chatd.ExistingTurn:
+    _require_session(db, request.session_id, request.chatbot_id)
+    session = request.session_id
+    running = db.execute(
+        "SELECT turn_id, lease_until <= unixepoch('subsec') FROM turns"
+        " WHERE session_id = ? AND status = 'running'",
+        (session,),
+    ).fetchone()
+    if running and running[1]:
+        db.execute(_INTERRUPT + " AND turn_id = ?", (running[0],))
+        running = None
+    if running and running[0] == request.turn_id:
+        return _begun(db, request, request.turn_id)
+    if request.idempotency_key is not None and (known := _known(db, request)):
+        return known
+    if running:
+        raise chatd.TurnInProgress(turn_id=running[0])
+    db.execute(
+        "INSERT INTO turns (turn_id, seq, session_id, status, label, idempotency_key,"
+        " request_hash, lease_until)"
+        " VALUES (?1, 1 + coalesce((SELECT max(seq) FROM turns WHERE session_id = ?2), 0), ?2,"
+        " 'running', ?3, ?4, ?5, unixepoch('subsec') + ?6)",
+        (
+            request.turn_id,
+            session,
+            request.label,
+            request.idempotency_key,
+            request.request_hash,
+            request.lease_seconds,
+        ),
+    )
+    for message in request.messages:
+        db.execute(
+            "INSERT INTO conversations (session_id, role, content, turn_id) VALUES (?, ?, ?, ?)",
+            (session, message.role, message.content, request.turn_id),
+        )
+    return _begun(db, request, request.turn_id)
+
+
+def _known(
+    db: apsw.Connection, request: chatd.BeginTurn
+) -> chatd.BegunTurn | chatd.ExistingTurn | None:
+    """What the idempotency key leads to; None when it begins a new turn."""
+    row = db.execute(
+        "SELECT turn_id, request_hash, status, rerunnable, reply_id,"
+        " seq = (SELECT max(seq) FROM turns WHERE session_id = ?1)"
+        " FROM turns WHERE session_id = ?1 AND idempotency_key = ?2",
+        (request.session_id, request.idempotency_key),
+    ).fetchone()
+    if row is None:
+        return None
+    turn_id, request_hash, status, rerunnable, reply_id, newest = row
+    same = request_hash == request.request_hash
+    if rerunnable or (status == "interrupted" and reply_id is None):
+        if same and newest:
+            db.execute(
+                "UPDATE turns SET status = 'running', rerunnable = 0, error_code = NULL,"
+                " finished_at = NULL, lease_until = unixepoch('subsec') + ? WHERE turn_id = ?",
+                (request.lease_seconds, turn_id),
+            )
+            return _begun(db, request, turn_id)
+        db.execute("UPDATE turns SET idempotency_key = NULL WHERE turn_id = ?", (turn_id,))
+        return None
+    if not same:
+        raise chatd.IdempotencyKeyReused
+    found = db.execute(f"SELECT {_TURN}{_TURN_FROM} WHERE t.turn_id = ?", (turn_id,)).fetchone()
+    return chatd.ExistingTurn(_turn(found))
+
+
+def _begun(db: apsw.Connection, request: chatd.BeginTurn, turn_id: str) -> chatd.BegunTurn:
+    """The history before `turn_id`: the newest whole turns that fit, oldest first."""
+    rows = db.execute(
+        "SELECT c.role, c.content, c.turn_id FROM conversations c"
+        " LEFT JOIN turns t ON t.turn_id = c.turn_id"
+        " WHERE c.session_id = ?1 AND (c.turn_id IS NULL OR (c.turn_id <> ?2"
+        " AND t.status IN ('completed', 'stopped', 'interrupted'))) ORDER BY c.id DESC",
+        (request.session_id, turn_id),
+    )
+    history: list[chatd.Message] = []
+    left, whole, current = request.history_chars, 0, None
+    truncated = False
+    for role, content, owner in rows:
+        if owner is None or owner != current:
+            whole, current = len(history), owner
+        message = chatd.Message(role, content)
+        left -= message.cost_chars
+        if left < 0:
+            truncated = True
+            del history[whole:]
+            break
+        history.append(message)
+    return chatd.BegunTurn(turn_id, history[::-1], truncated)
+
+
+def _finish(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
+    row = db.execute(
+        "SELECT session_id, status,"
+        " seq = (SELECT max(seq) FROM turns o WHERE o.session_id = t.session_id), error_code"
+        " FROM turns t WHERE turn_id = ?",
+        (result.turn_id,),
+    ).fetchone()
+    if row is None:
+        return False
+    session_id, status, newest, error_code = row
+    if status != "running":
+        if error_code != "process_lost":
+            return bool(status == result.status)
+        if not newest:
+            return False
+    reply_id = None
+    if result.reply:
+        db.execute(
+            "INSERT INTO conversations (session_id, role, content, turn_id)"
+            " VALUES (?, 'assistant', ?, ?)",
+            (session_id, result.reply, result.turn_id),
+        )
+        reply_id = db.last_insert_rowid()
+    usage = result.usage
+    db.execute(
+        "UPDATE turns SET status = ?, rerunnable = ?, reply_id = ?, model = ?, provider = ?,"
+        " finish_reason = ?, error_code = ?, input_tokens = ?, output_tokens = ?,"
+        " cached_tokens = ?, reasoning_tokens = ?, cost_usd = ?, attempts = ?,"
+        " finished_at = unixepoch('subsec') WHERE turn_id = ?",
+        (
+            result.status,
+            result.rerunnable,
+            reply_id,
+            result.model,
+            result.provider,
+            result.finish_reason,
+            result.error_code,
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cached_tokens,
+            usage.reasoning_tokens,
+            usage.cost_usd,
+            json.dumps(list(result.attempts)),
+            result.turn_id,
+        ),
+    )
+    return True
+
+
+class _conflicts(contextlib.AbstractContextManager[None]):
+    """Tells a taken id or key from other failures."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, apsw.ConstraintError):
+            what = "API key" if "api_key" in str(error) else "id"
+            raise chatd.ConflictError(f"a chatbot with this {what} exists already") from error
+
+
+def _utc(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else _utc(seconds)
+
+
+def _chatbot_columns(chatbot: chatd.Chatbot) -> tuple[str, str, str, str]:
+    settings = json.dumps(chatbot.settings.to_json(), ensure_ascii=False)
+    return chatbot.name, chatbot.model, _KEY_SCHEME + chatbot.api_key_hash.hex(), settings
+
+
+def _chatbot(row: tuple[Any, ...]) -> chatd.Chatbot:
+    id, name, model, api_key, settings, created_at, updated_at = row
+    return chatd.Chatbot(
+        id=id,
+        name=name,
+        model=model,
+        api_key_hash=bytes.fromhex(api_key.removeprefix(_KEY_SCHEME)),
+        settings=chatd.ChatbotSettings.from_json(json.loads(settings)),
+        created_at=_time(created_at),
+        updated_at=_time(updated_at),
+    )
+
+
+def _turn(row: tuple[Any, ...]) -> chatd.TurnRecord:
+    id, session, chatbot, status, label, reply, model, provider, finish_reason, error_code = row[:10]
+    attempts, rating, comment, started_at, finished_at = row[15:]
+    return chatd.TurnRecord(
+        id=id,
+        session_id=session,
+        chatbot_id=chatbot,
+        status=chatd.TurnStatus(status),
+        label=label,
+        reply=reply,
+        model=model,
+        provider=provider,
+        finish_reason=finish_reason,
+        error_code=error_code,
+        usage=chatd.Usage(*row[10:15]),
+        attempts=json.loads(attempts),
+        rating=rating,
+        comment=comment,
+        started_at=_time(started_at),
+        finished_at=_time(finished_at),
+    )
+
+
+async def open_sqlite(settings: Mapping[str, Any]) -> SQLiteStorage:
+    """Opens the database that the settings name, and makes it when it does not exist."""
+    if os.environ.get("DYNO") and not settings.get("allow_ephemeral", False):
+        raise chatd.PluginError(
+            "sqlite: a dyno's disk is wiped at least once a day, and every conversation with it. "
+            "Use a storage elsewhere, or set storage.allow_ephemeral: true if losing it is fine"
+        )
+    storage = SQLiteStorage(
+        Path(settings.get("path", "chatd.db")),
+        synchronous=settings.get("synchronous", "full"),
+        busy_timeout=settings.get("busy_timeout", 5),
+    )
+    await storage.open()
+    return storage
+
+
+_SETTINGS = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "path": {
+            "type": "string",
+            "minLength": 1,
+            "default": "chatd.db",
+            "description": "The file, relative to the folder that chatd runs in.",
+        },
+        "synchronous": {
+            "enum": ["full", "normal", "off"],
+            "default": "full",
+            "description": (
+                "What a turn waits for: `full` survives a power cut, `normal` may lose the last "
+                "turns in one (not in a crash of chatd), `off` may damage the file in one."
+            ),
+        },
+        "busy_timeout": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 60,
+            "default": 5,
+            "description": "Seconds to wait while another process writes.",
+        },
+        "allow_ephemeral": {
+            "type": "boolean",
+            "default": False,
+            "description": "Run on a Heroku dyno although its disk is wiped daily.",
+        },
+    },
+}
+
+
+@chatd.hookimpl
+def chatd_register_storage(register: chatd.StorageRegister) -> None:
+    register.add("sqlite", open_sqlite, _SETTINGS, "one file on this machine's disk (WAL)")
