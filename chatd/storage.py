@@ -41,12 +41,13 @@ class BegunTurn:
     """The turn runs. Its id is the request's, or that of the earlier turn it runs again.
 
     `history` is oldest first and holds whole turns only; `history_truncated` says that older
-    ones were left out for the budget.
+    ones were left out for the budget. `user_id` is the session's.
     """
 
     turn_id: str
     history: Sequence[Message]
     history_truncated: bool
+    user_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -478,16 +478,19 @@ def _take_lock(path: Path) -> tuple[IO[bytes], bool]:
     return lock, alone
 
 
-def _require_session(db: apsw.Connection, session_id: str, chatbot_id: str) -> None:
-    row = db.execute(
-        "SELECT 1 FROM sessions WHERE session_id = ? AND chatbot_id = ?", (session_id, chatbot_id)
+def _require_session(db: apsw.Connection, session_id: str, chatbot_id: str) -> str | None:
+    """The session's user id. Raises `NotFound` when the chatbot has no such session."""
+    row: tuple[str | None] | None = db.execute(
+        "SELECT user_id FROM sessions WHERE session_id = ? AND chatbot_id = ?",
+        (session_id, chatbot_id),
     ).fetchone()
     if row is None:
         raise chatd.NotFound
+    return row[0]
 
 
 def _begin(db: apsw.Connection, request: chatd.BeginTurn) -> chatd.BegunTurn | chatd.ExistingTurn:
-    _require_session(db, request.session_id, request.chatbot_id)
+    user_id = _require_session(db, request.session_id, request.chatbot_id)
     session = request.session_id
     running = db.execute(
         "SELECT turn_id, lease_until <= unixepoch('subsec') FROM turns"
@@ -498,8 +501,8 @@ def _begin(db: apsw.Connection, request: chatd.BeginTurn) -> chatd.BegunTurn | c
         db.execute(_INTERRUPT + " AND turn_id = ?", (running[0],))
         running = None
     if running and running[0] == request.turn_id:
-        return _begun(db, request, request.turn_id)
-    if request.idempotency_key is not None and (known := _known(db, request)):
+        return _begun(db, request, request.turn_id, user_id)
+    if request.idempotency_key is not None and (known := _known(db, request, user_id)):
         return known
     if running:
         raise chatd.TurnInProgress(turn_id=running[0])
@@ -522,11 +525,11 @@ def _begin(db: apsw.Connection, request: chatd.BeginTurn) -> chatd.BegunTurn | c
             "INSERT INTO conversations (session_id, role, content, turn_id) VALUES (?, ?, ?, ?)",
             (session, message.role, message.content, request.turn_id),
         )
-    return _begun(db, request, request.turn_id)
+    return _begun(db, request, request.turn_id, user_id)
 
 
 def _known(
-    db: apsw.Connection, request: chatd.BeginTurn
+    db: apsw.Connection, request: chatd.BeginTurn, user_id: str | None
 ) -> chatd.BegunTurn | chatd.ExistingTurn | None:
     """What the idempotency key leads to; None when it begins a new turn."""
     row = db.execute(
@@ -546,7 +549,7 @@ def _known(
                 " finished_at = NULL, lease_until = unixepoch('subsec') + ? WHERE turn_id = ?",
                 (request.lease_seconds, turn_id),
             )
-            return _begun(db, request, turn_id)
+            return _begun(db, request, turn_id, user_id)
         db.execute("UPDATE turns SET idempotency_key = NULL WHERE turn_id = ?", (turn_id,))
         return None
     if not same:
@@ -555,7 +558,9 @@ def _known(
     return chatd.ExistingTurn(_turn(found))
 
 
-def _begun(db: apsw.Connection, request: chatd.BeginTurn, turn_id: str) -> chatd.BegunTurn:
+def _begun(
+    db: apsw.Connection, request: chatd.BeginTurn, turn_id: str, user_id: str | None
+) -> chatd.BegunTurn:
     """The history before `turn_id`: the newest whole turns that fit, oldest first."""
     rows = db.execute(
         "SELECT c.role, c.content, c.turn_id FROM conversations c"
@@ -577,7 +582,7 @@ def _begun(db: apsw.Connection, request: chatd.BeginTurn, turn_id: str) -> chatd
             del history[whole:]
             break
         history.append(message)
-    return chatd.BegunTurn(turn_id, history[::-1], truncated)
+    return chatd.BegunTurn(turn_id, history[::-1], truncated, user_id)
 
 
 def _finish(db: apsw.Connection, result: chatd.FinishTurn) -> bool:

@@ -1,0 +1,121 @@
+"""Who may: API keys, widget sessions and origins, over a small cache of chatbots."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+from urllib.parse import urlsplit
+
+from chatd.domain import Chatbot, Session
+from chatd.errors import InvalidApiKey, NotFound, OriginNotAllowed, StorageUnavailable
+from chatd.storage import Storage
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+CACHE_ENTRIES = 10_000
+"""Chatbots and sessions that are kept in memory, each; the least recently used go first."""
+
+
+class _Cache(Generic[K, V]):
+    """What was found, for a while. What was not found is looked up again each time."""
+
+    def __init__(self, look_up: Callable[[K], Awaitable[V | None]], seconds: float) -> None:
+        self._look_up = look_up
+        self._seconds = seconds
+        self._entries: OrderedDict[K, tuple[float, V]] = OrderedDict()
+
+    async def get(self, key: K) -> V | None:
+        entry = self._entries.get(key)
+        if entry is not None and entry[0] > time.monotonic():
+            self._entries.move_to_end(key)
+            return entry[1]
+        asked = time.monotonic()
+        found = await self._look_up(key)
+        if found is None:
+            self._entries.pop(key, None)
+            return None
+        # Counted from the asking, so that a change shows within `seconds` of being made.
+        self._entries[key] = (asked + self._seconds, found)
+        if len(self._entries) > CACHE_ENTRIES:
+            self._entries.popitem(last=False)
+        return found
+
+
+class Access:
+    """Decides who may talk to which chatbot.
+
+    :param default_origins: for chatbots that set none of their own.
+    :param public_url: this server's own address, whose pages are always allowed.
+    :param cache_seconds: how long a changed chatbot may go on as it was.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        default_origins: Sequence[str],
+        public_url: str | None,
+        cache_seconds: float,
+    ) -> None:
+        self._chatbots = _Cache(storage.get_chatbot, cache_seconds)
+        # A session's chatbot and channel never change, and a turn asks storage for it anyway.
+        self._sessions = _Cache(storage.get_session, 3600)
+        self._origins = _Cache[None, frozenset[str]](
+            lambda _: storage.allowed_origins(), cache_seconds
+        )
+        self._default = frozenset(default_origins)
+        self._own = frozenset({_origin(public_url)} if public_url else ())
+
+    async def client(self, assistant_id: str, api_key: str | None) -> Chatbot:
+        """The chatbot, for a tenant's client with its key. Raises `InvalidApiKey`."""
+        if not api_key:
+            raise InvalidApiKey
+        chatbot = await self._chatbots.get(assistant_id)
+        if chatbot is None or not chatbot.owns_key(api_key):
+            raise InvalidApiKey
+        return chatbot
+
+    async def chatbot(self, chatbot_id: str) -> Chatbot:
+        """The chatbot, for a widget, which has no key. Raises `NotFound`."""
+        chatbot = await self._chatbots.get(chatbot_id)
+        if chatbot is None:
+            raise NotFound("There is no chatbot with this id.")
+        return chatbot
+
+    async def widget_session(self, session_id: str) -> Chatbot:
+        """The chatbot of a session that its id alone opens. Raises `NotFound`."""
+        session: Session | None = await self._sessions.get(session_id)
+        if session is None or session.channel == "api":
+            raise NotFound("There is no widget session with this id.")
+        return await self.chatbot(session.chatbot_id)
+
+    def allows_origin(self, origin: str, chatbot: Chatbot) -> bool:
+        """Whether pages of `origin` may talk to `chatbot`."""
+        own = chatbot.settings.allowed_origins
+        return self._matches(origin, self._default if own is None else frozenset(own))
+
+    def require_origin(self, origin: str | None, chatbot: Chatbot) -> None:
+        """Raises `OriginNotAllowed` for a page of an origin that is not allowed."""
+        if origin is not None and not self.allows_origin(origin, chatbot):
+            raise OriginNotAllowed
+
+    async def allows_origin_somewhere(self, origin: str) -> bool:
+        """Whether pages of `origin` may talk to some chatbot: for requests that name none yet."""
+        if self._matches(origin, self._default):
+            return True
+        try:
+            return self._matches(origin, await self._origins.get(None) or frozenset())
+        except StorageUnavailable:
+            return False
+
+    def _matches(self, origin: str, allowed: frozenset[str]) -> bool:
+        # "null" is what sandboxed and local pages all send, so "*" does not mean it.
+        return origin in allowed or origin in self._own or ("*" in allowed and origin != "null")
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}".lower()
