@@ -219,12 +219,13 @@ class Turns:
                     async for event in events:
                         match event:
                             case TextDelta(text):
-                                turn.parts.append(_storable(text))
+                                if text := _storable(text):
+                                    turn.parts.append(text)
                             case UsageReport(usage):
                                 turn.usage = usage
                             case Finish():
                                 turn.finish = event
-            if turn.finish is not None and any(turn.parts):
+            if turn.finish is not None and turn.parts:
                 return TurnStatus.COMPLETED, None
             error: RequestError = ProviderFailed()
         except TimeoutError:

@@ -1,0 +1,207 @@
+"""Builds the application from its parts: configuration, plugins, storage, providers, routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tornado.web import Application, RequestHandler
+
+import chatd
+from chatd import logs, openapi
+from chatd.access import Access
+from chatd.config import Config, ConfigFile, Offers
+from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
+from chatd.errors import PluginError
+from chatd.handlers import chat, docs, health, sessions
+from chatd.handlers.base import ApiHandler, Route, Services, UnknownPathHandler
+from chatd.interceptor import Interceptor
+from chatd.provider import Provider
+from chatd.registry import Offer, Registry, load_registry
+from chatd.routing import Router, Rule, Target
+from chatd.storage import Storage
+from chatd.turns import Turns
+
+OPEN_SECONDS = 30.0
+"""How long a plugin may take to open before the start is given up."""
+
+
+def packaged_config() -> Path:
+    """The configuration that the distribution carries."""
+    return Path(str(resources.files("chatd_config").joinpath("chatd.yaml")))
+
+
+def load(path: Path) -> tuple[Config, Registry]:
+    """The configuration and the plugins it asks for.
+
+    Raises `ConfigError` with every fault, or `PluginError` for the first plugin that fails.
+    """
+    file = ConfigFile.read(path)
+    wanted = file.plugins
+    registry = load_registry(wanted.folder, wanted.disable)
+    return file.check(offers(registry)), registry
+
+
+def offers(registry: Registry) -> Offers:
+    """What the configuration may name, with the schema of its settings."""
+    return {
+        "storage": {o.name: o.schema for o in registry.storages.values()},
+        "provider": {o.name: o.schema for o in registry.providers.values()},
+        "interceptor": {o.name: o.schema for o in registry.interceptors.values()},
+    }
+
+
+T = TypeVar("T")
+
+
+async def _opened(what: str, offer: Offer[T], settings: Any) -> T:
+    """Opens one thing of a plugin's, and names it when that fails."""
+    try:
+        async with asyncio.timeout(OPEN_SECONDS):
+            return await offer.open(settings)
+    except PluginError:
+        raise
+    except TimeoutError:
+        raise PluginError(f'{what} ("{offer.name}") did not open in {OPEN_SECONDS:.0f} s') from None
+    except Exception as error:
+        raise PluginError(
+            f'{what} ("{offer.name}") cannot be opened: {type(error).__name__}: {error}'
+        ) from error
+
+
+async def open_storage(config: Config, registry: Registry) -> Storage:
+    """The storage of the configuration. The caller closes it. Raises `PluginError`."""
+    use = config.storage
+    return await _opened("storage", registry.storages[use.name], use.settings)
+
+
+async def open_providers(
+    config: Config, registry: Registry, stack: AsyncExitStack
+) -> dict[str, Provider]:
+    """The enabled providers by their names in the configuration; `stack` closes them."""
+    providers: dict[str, Provider] = {}
+    for name, provider in config.providers.items():
+        offer = registry.providers[provider.use.name]
+        providers[name] = await _opened(f"providers.{name}", offer, provider.use.settings)
+        stack.push_async_callback(providers[name].close)
+    return providers
+
+
+def route_models(config: Config, providers: dict[str, Provider]) -> Router:
+    """The router for the configuration's `models`, without providers that are not enabled."""
+    return Router(
+        [
+            Rule(
+                rule.match,
+                tuple(
+                    Target(
+                        ask.provider,
+                        providers[ask.provider],
+                        config.providers[ask.provider].timeouts,
+                        ask.model,
+                    )
+                    for ask in rule.ask
+                    if ask.provider in providers
+                ),
+            )
+            for rule in config.models
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Everything that is open while a server runs."""
+
+    application: Application
+    services: Services
+    router: Router
+
+
+async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack) -> Runtime:
+    """Opens everything; `stack` closes it in the right order. Raises `PluginError`."""
+    storage = await open_storage(config, registry)
+    stack.push_async_callback(storage.close)
+    router = route_models(config, await open_providers(config, registry, stack))
+    interceptors: list[tuple[str, Interceptor]] = []
+    for use in config.interceptors:
+        offer = registry.interceptors[use.name]
+        interceptors.append((use.name, await _opened(f"interceptor {use.name}", offer, use.settings)))
+        stack.push_async_callback(interceptors[-1][1].close)
+    turns = Turns(storage, router, interceptors)
+    stack.push_async_callback(turns.close)
+    await turns.open()
+    access = Access(
+        storage,
+        default_origins=config.server.allowed_origins,
+        public_url=config.server.public_url,
+        cache_seconds=config.server.chatbot_cache_seconds,
+    )
+    services = Services(config.server, storage, access, turns)
+    return Runtime(build_application(services, registry.routes), services, router)
+
+
+async def first_chatbot(config: Config, storage: Storage) -> tuple[Chatbot, str] | None:
+    """Makes the configuration's first chatbot when there is none; returns it with its key."""
+    wanted = config.first_chatbot
+    if wanted is None or await storage.list_chatbots():
+        return None
+    key = new_api_key()
+    chatbot = Chatbot(
+        id=new_id(),
+        name=wanted.name,
+        model=wanted.model,
+        api_key_hash=hash_api_key(key),
+        settings=ChatbotSettings(system_prompt=wanted.system_prompt),
+    )
+    await storage.add_chatbot(chatbot)
+    return chatbot, key
+
+
+def routes() -> list[Route]:
+    """chatd's own routes."""
+    document = cache(lambda: openapi.build(described, chatd.__version__))
+    described = [*chat.ROUTES, *sessions.ROUTES, *health.ROUTES, docs.openapi_route(document)]
+    return [*described, *docs.ROUTES]
+
+
+def build_application(
+    services: Services, plugin_routes: Iterable[tuple[str, type[RequestHandler]]] = ()
+) -> Application:
+    """The Tornado application."""
+    rules: list[Any] = [
+        (route.pattern, route.handler, {"services": services, "route": route, **route.arguments})
+        for route in routes()
+    ]
+    return Application(
+        [*rules, *plugin_routes],
+        default_handler_class=UnknownPathHandler,
+        default_handler_args={"services": services},
+        log_function=_log_request,
+    )
+
+
+def _log_request(handler: RequestHandler) -> None:
+    fields: dict[str, Any] = {
+        "method": handler.request.method,
+        # The template, not the path: a path may hold what should not be in a log.
+        "route": "-",
+        "status": handler.get_status(),
+        "ms": round(handler.request.request_time() * 1000, 1),
+    }
+    if isinstance(handler, ApiHandler):
+        fields["route"] = handler.route.path if handler.route else "-"
+        fields["request_id"] = handler.request_id
+        if handler.error_code:
+            fields["code"] = handler.error_code
+        if handler.chatbot:
+            fields["chatbot"] = handler.chatbot.id
+    logs.log_request(fields)
+
+

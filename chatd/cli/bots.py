@@ -1,0 +1,250 @@
+"""`chatd bots`: chatbots, beside a running server."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chatd.cli.common import asynchronous, config_option, find_chatbot, json_option, opened_storage
+from chatd.domain import (
+    Chatbot,
+    ChatbotSettings,
+    canonical_id,
+    hash_api_key,
+    new_api_key,
+    new_id,
+)
+from chatd.errors import ChatdError
+from chatd.validation import pointer, schema
+
+DEFAULT_MODEL = "openai/gpt-4o-mini"
+MIN_KEY_CHARS = 16
+_SETTINGS = tuple(f.name for f in dataclasses.fields(ChatbotSettings))
+
+
+class BadValue(ChatdError):
+    """A value on the command line that cannot be used."""
+
+
+def _settings_options(command: Any) -> Any:
+    """The options for what can be set of a chatbot, on `add` and on `set`."""
+    for option in (
+        click.option("--allowed-origin", "allowed_origins", multiple=True, metavar="ORIGIN",
+                     help="An origin whose pages may talk to it; several may be given. "
+                     '"default" is the server\'s list.'),
+        click.option("--temperature", metavar="0..2", help='"default" is the provider\'s.'),
+        click.option("--max-output-tokens", metavar="N", help='"default" is the provider\'s.'),
+        click.option("--context-tokens", metavar="N", help="The most tokens a model is given."),
+        click.option("--system-prompt", metavar="TEXT", help="Who the chatbot is; @FILE reads a file."),
+        click.option("--model", metavar="MODEL", help=f"The model's id, like {DEFAULT_MODEL}."),
+        click.option("--name", metavar="NAME", help="What people call it."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group()
+def bots() -> None:
+    """Make, change and remove chatbots, beside a running server."""
+
+
+@bots.command()
+@config_option
+@click.option("--id", "bot_id", metavar="UUID", help="Its id; else a new one.")
+@click.option("--api-key", metavar="KEY", help="Its API key; else a new one, shown once.")
+@_settings_options
+@json_option
+@asynchronous
+async def add(
+    config_path: Path | None,
+    bot_id: str | None,
+    api_key: str | None,
+    name: str | None,
+    model: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Make a chatbot."""
+    id = new_id() if bot_id is None else canonical_id(bot_id)
+    if id is None:
+        raise BadValue(f"--id {bot_id}: must be a UUID like 123e4567-e89b-12d3-a456-426614174000")
+    key = _checked_key(api_key)
+    chatbot = Chatbot(
+        id=id,
+        name=_checked_name(name or "Chatbot", "--name"),
+        model=_checked_name(model or DEFAULT_MODEL, "--model"),
+        api_key_hash=hash_api_key(key),
+        settings=_changed(ChatbotSettings(), settings),
+    )
+    async with opened_storage(config_path) as storage:
+        await storage.add_chatbot(chatbot)
+    if as_json:
+        click.echo(json.dumps({**_shown(chatbot), "api_key": key}))
+        return
+    click.echo(f'Made "{chatbot.name}", model {chatbot.model}')
+    click.echo(f"id       {chatbot.id}")
+    click.echo(f"api_key  {key}" + ("" if api_key else "   (shown only now)"))
+
+
+@bots.command("list")
+@config_option
+@json_option
+@asynchronous
+async def list_(config_path: Path | None, as_json: bool) -> None:
+    """List the chatbots."""
+    async with opened_storage(config_path) as storage:
+        chatbots = await storage.list_chatbots()
+    if as_json:
+        click.echo(json.dumps([_shown(chatbot) for chatbot in chatbots]))
+        return
+    for chatbot in chatbots:
+        click.echo(f"{chatbot.id}  {chatbot.model}  {chatbot.name}")
+    if not chatbots:
+        click.echo("There is no chatbot yet; `chatd bots add` makes one.", err=True)
+
+
+@bots.command()
+@click.argument("bot")
+@config_option
+@json_option
+@asynchronous
+async def show(bot: str, config_path: Path | None, as_json: bool) -> None:
+    """Show a chatbot, by id or name. Its API key is not stored and cannot be shown."""
+    async with opened_storage(config_path) as storage:
+        chatbot = await find_chatbot(storage, bot)
+    shown = _shown(chatbot)
+    if as_json:
+        click.echo(json.dumps(shown))
+        return
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        text = "default" if value is None else value
+        click.echo(f"{name:<{width}}  {', '.join(text) if isinstance(text, list) else text}")
+
+
+@bots.command("set")
+@click.argument("bot")
+@config_option
+@_settings_options
+@json_option
+@asynchronous
+async def set_(
+    bot: str,
+    config_path: Path | None,
+    name: str | None,
+    model: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Change a chatbot, by id or name; what is not given stays. A server sees it within seconds."""
+    async with opened_storage(config_path) as storage:
+        old = await find_chatbot(storage, bot)
+        chatbot = dataclasses.replace(
+            old,
+            name=old.name if name is None else _checked_name(name, "--name"),
+            model=old.model if model is None else _checked_name(model, "--model"),
+            settings=_changed(old.settings, settings),
+        )
+        await storage.update_chatbot(chatbot)
+    click.echo(json.dumps(_shown(chatbot)) if as_json else f'Changed "{chatbot.name}"')
+
+
+@bots.command("rotate-key")
+@click.argument("bot")
+@config_option
+@json_option
+@asynchronous
+async def rotate_key(bot: str, config_path: Path | None, as_json: bool) -> None:
+    """Give a chatbot a new API key, shown once. The old one stops working within seconds."""
+    key = new_api_key()
+    async with opened_storage(config_path) as storage:
+        chatbot = await find_chatbot(storage, bot)
+        await storage.update_chatbot(dataclasses.replace(chatbot, api_key_hash=hash_api_key(key)))
+    if as_json:
+        click.echo(json.dumps({"id": chatbot.id, "api_key": key}))
+    else:
+        click.echo(f"api_key  {key}   (shown only now)")
+
+
+@bots.command()
+@click.argument("bot")
+@config_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@asynchronous
+async def remove(bot: str, config_path: Path | None, yes: bool) -> None:
+    """Remove a chatbot, with all its sessions and everything said in them."""
+    async with opened_storage(config_path) as storage:
+        chatbot = await find_chatbot(storage, bot)
+        if not yes:
+            click.confirm(
+                f'Remove "{chatbot.name}" ({chatbot.id}) and all its conversations?', abort=True
+            )
+        await storage.remove_chatbot(chatbot.id)
+    click.echo(f'Removed "{chatbot.name}"')
+
+
+def _shown(chatbot: Chatbot) -> dict[str, Any]:
+    """What can be shown of a chatbot, as JSON."""
+    settings = {name: getattr(chatbot.settings, name) for name in _SETTINGS}
+    return {
+        "id": chatbot.id,
+        "name": chatbot.name,
+        "model": chatbot.model,
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
+    }
+
+
+def _checked_key(api_key: str | None) -> str:
+    if api_key is None:
+        return new_api_key()
+    if len(api_key) < MIN_KEY_CHARS or not api_key.isascii() or not api_key.isprintable() or " " in api_key:
+        raise BadValue(
+            f"--api-key: must be at least {MIN_KEY_CHARS} visible ASCII characters without spaces"
+        )
+    return api_key
+
+
+def _checked_name(value: str, option: str) -> str:
+    if not value.strip() or len(value) > 200 or not value.isprintable():
+        raise BadValue(f"{option}: must be 1 to 200 printable characters")
+    return value
+
+
+def _changed(settings: ChatbotSettings, given: dict[str, Any]) -> ChatbotSettings:
+    """`settings` with what was given on the command line. Raises `BadValue`."""
+    values = {**settings.to_json(), **{k: _typed(k, v) for k, v in given.items() if v not in (None, ())}}
+    if faults := schema("chatbot_settings").faults(values):
+        raise BadValue("\n".join(f"{_option(pointer(path))}: {text}" for path, text in faults))
+    known = {k: v for k, v in values.items() if v is not None}
+    return ChatbotSettings.from_json(known)
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name == "allowed_origins":
+        return None if value == ("default",) else list(value)
+    if name == "system_prompt":
+        return _text(value) or None
+    if value == "default":
+        return None if name != "context_tokens" else ChatbotSettings().context_tokens
+    try:
+        return float(value) if name == "temperature" else int(value)
+    except ValueError:
+        return value
+
+
+def _text(value: str) -> str:
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadValue(f"--system-prompt {value}: cannot be read: {error}") from None
+
+
+def _option(path: str) -> str:
+    name = path.split("/")[1].replace("_", "-")
+    return "--allowed-origin" if name == "allowed-origins" else f"--{name}"

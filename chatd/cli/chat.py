@@ -1,0 +1,58 @@
+"""`chatd chat`: talk to a chatbot in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import click
+
+from chatd.app import load, open_runtime
+from chatd.cli.common import asynchronous, config_option, configured, find_chatbot
+from chatd.domain import Chatbot, Message, Session, new_id
+from chatd.errors import RequestError
+from chatd.turns import Turns
+
+
+@click.command()
+@click.argument("bot")
+@config_option
+@asynchronous
+async def chat(bot: str, config_path: Path | None) -> None:
+    """Talk to a chatbot, by id or name, in a session of its own. An empty line or Ctrl-D ends it.
+
+    Without a terminal each line of standard input is a message, and only answers are printed.
+    """
+    config, registry = load(configured(config_path))
+    async with AsyncExitStack() as stack:
+        services = (await open_runtime(config, registry, stack)).services
+        chatbot = await find_chatbot(services.storage, bot)
+        session = Session(id=new_id(), chatbot_id=chatbot.id, channel="api")
+        await services.storage.create_session(session)
+        if sys.stdin.isatty():
+            click.echo(f"{chatbot.name} ({chatbot.model}). An empty line ends it.")
+        while text := await asyncio.to_thread(_read_line):
+            if not await _say(services.turns, chatbot, session.id, text) and not sys.stdin.isatty():
+                sys.exit(1)
+
+
+def _read_line() -> str:
+    if sys.stdin.isatty():
+        click.echo("> ", nl=False)
+    return sys.stdin.readline().strip()
+
+
+async def _say(turns: Turns, chatbot: Chatbot, session_id: str, text: str) -> bool:
+    """Prints the answer, or why there is none; whether there was one."""
+    try:
+        turn = await turns.start(chatbot, session_id, [Message("user", text)], label="terminal")
+        result = await turn.result()
+        if result.error is not None:
+            raise result.error
+    except RequestError as error:
+        click.echo(f"({error.detail})", err=True)
+        return False
+    click.echo(result.reply)
+    return True

@@ -1,0 +1,84 @@
+"""`chatd serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import click
+
+from chatd import logs
+from chatd.app import load
+from chatd.cli.common import config_option, configured, reports_errors
+from chatd.config import Config
+from chatd.domain import Chatbot
+from chatd.server import serve as serve_until_stopped
+
+
+@click.command()
+@config_option
+@click.option("--host", help="The address to listen on; 0.0.0.0 is every one of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), help="The port; 0 is any that is free.")
+@reports_errors
+def serve(config_path: Path | None, host: str | None, port: int | None) -> None:
+    """Serve until SIGTERM or Ctrl-C; running turns then finish first."""
+    path = configured(config_path)
+    config, registry = load(path)
+    given = {"host": host, "port": port}
+    server = dataclasses.replace(
+        config.server, **{k: v for k, v in given.items() if v is not None}
+    )
+    config = dataclasses.replace(config, server=server)
+    logs.set_up(config.log_level)
+    asyncio.run(
+        serve_until_stopped(config, registry, lambda port, made: _greet(config, path, port, made))
+    )
+
+
+def _greet(config: Config, path: Path, port: int, made: tuple[Chatbot, str] | None) -> None:
+    """Tells the terminal where the server is, and the new chatbot's key, which is shown once.
+
+    On stderr: stdout is for logs, which hold no key.
+    """
+    host = config.server.host
+    shown = "localhost" if host in ("localhost", "0.0.0.0", "::", "127.0.0.1") else host
+    url = config.server.public_url or f"http://{shown}:{port}"
+    lines = [
+        "",
+        f"  chatd serves {url}",
+        f"  API docs     {url}/docs",
+        f"  config       {path}",
+    ]
+    if config.providers.keys() and all(p.use.name == "echo" for p in config.providers.values()):
+        lines.append(
+            "  answers      by echo only: set OPENROUTER_API_KEY (here or in .env) for a model"
+        )
+    else:
+        lines.append(f"  answers      by {', '.join(n for n in config.providers if n != 'echo')}")
+    if made:
+        chatbot, key = made
+        lines += [
+            "",
+            f'  A chatbot was made: "{chatbot.name}", model {chatbot.model}',
+            f"  assistant_id {chatbot.id}",
+            f"  api_key      {key}   (shown only now)",
+            "",
+            "  Talk to it; paste this:",
+            "",
+            *_curl(url, chatbot.id, key),
+        ]
+    click.echo("\n".join([*lines, ""]), err=True)
+
+
+def _curl(url: str, chatbot_id: str, key: str) -> list[str]:
+    """A command that begins a session and says hello in it."""
+    post = "curl -s -H 'Content-Type: application/json'"
+    return [
+        f"""SESSION=$({post} {url}/api/chat/session \\""",
+        f"""  -d '{{"api_key": "{key}", "assistant_id": "{chatbot_id}"}}' | cut -d'"' -f4)""",
+        f"""{post} {url}/api/chat \\""",
+        f"""  -d '{{"api_key": "{key}", "assistant_id": "{chatbot_id}", "type": "message",'"""
+        """'"session_id": "'$SESSION'",'""",
+        """'"messages": [{"role": "user", "content": "Hello!"}]}'; echo""",
+    ]

@@ -1,0 +1,1 @@
+"""HTTP: one file per noun, its `ROUTES` at the end."""

@@ -1,0 +1,322 @@
+"""What every handler does alike: read, refuse, answer, and say so in one line of log."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Literal
+
+import orjson
+from tornado.ioloop import IOLoop
+from tornado.iostream import StreamClosedError
+from tornado.web import HTTPError, RequestHandler, stream_request_body
+
+from chatd.access import Access
+from chatd.config import ServerConfig
+from chatd.domain import Chatbot
+from chatd.errors import InvalidApiKey, MalformedRequest, NotFound, RequestError, StorageUnavailable
+from chatd.handlers.problems import (
+    BodyTooLarge,
+    HeadersTooLarge,
+    MethodNotAllowed,
+    NotAcceptable,
+    UnsupportedMediaType,
+    problem_body,
+    problem_of,
+    retry_after,
+)
+from chatd.logs import request_id as logged_request_id
+from chatd.storage import Storage
+from chatd.turns import Turns
+from chatd.validation import parse_json, schema
+
+log = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 16 * 1024
+"""Names and values together; the common limit of servers and routers is 8 to 16 KiB."""
+
+MAX_HEADERS = 100
+"""How many headers a request may have, counted by name."""
+
+LINGER_SECONDS = 1.0
+"""How long a body that was refused is still read and dropped, so that its sender can read why."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+_CONTENT_TYPE = re.compile(
+    r"application/(?:[a-z0-9.-]+\+)?json\s*(?:;\s*charset=\"?utf-8\"?\s*)?", re.ASCII | re.I
+)
+_ALLOW_HEADERS = (
+    "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Request-Id"
+)
+
+Auth = Literal["none", "api_key", "widget"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A method of a route: what validates and documents it.
+
+    `auth` has no default, so that no route forgets to say who may. `request` and `response`
+    name schemas; `errors` are those beside what every route can give.
+    """
+
+    summary: str
+    auth: Auth
+    description: str = ""
+    request: str | None = None
+    response: str | None = None
+    errors: tuple[type[RequestError], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A path, with its parameters in braces, and who handles it."""
+
+    path: str
+    handler: type[ApiHandler]
+    operations: Mapping[str, Operation]
+    tag: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def pattern(self) -> str:
+        """The path as Tornado's regular expression."""
+        return re.sub(r"\\{[a-z_]+\\}", "([^/]+)", re.escape(self.path))
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What handlers call."""
+
+    config: ServerConfig
+    storage: Storage
+    access: Access
+    turns: Turns
+
+
+@stream_request_body
+class ApiHandler(RequestHandler):
+    """The base of all handlers.
+
+    Bodies come in pieces, so that one over the limit is refused before it is in memory.
+    """
+
+    services: Services
+    route: Route | None
+    chatbot: Chatbot | None = None
+    error_code: str | None = None
+    def initialize(self, services: Services, route: Route | None = None, **arguments: Any) -> None:
+        self.services = services
+        self.route = route
+        self.arguments = arguments
+        self._chunks: list[bytes] = []
+        self._received = 0
+        self._cors = False
+        given = self.request.headers.get("X-Request-Id", "")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        logged_request_id.set(self.request_id)
+        self._common_headers()
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Cache-Control", "no-store")
+        self.set_header("Vary", "Origin")
+
+    def _common_headers(self) -> None:
+        self.set_header("X-Request-Id", self.request_id)
+        origin = self.request.headers.get("Origin")
+        if origin is not None and self._cors:
+            self.set_header("Access-Control-Allow-Origin", origin)
+            self.set_header("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")
+
+    async def prepare(self) -> None:
+        headers = self.request.headers
+        if (origin := headers.get("Origin")) is not None:
+            self._cors = await self.services.access.allows_origin_somewhere(origin)
+            self._common_headers()
+        if len(headers) > MAX_HEADERS or sum(map(len, headers.keys())) > MAX_HEADER_BYTES:
+            raise HeadersTooLarge(f"At most {MAX_HEADERS} headers are taken.")
+        if sum(map(len, headers.values())) > MAX_HEADER_BYTES:
+            raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
+        length = headers.get("Content-Length", "")
+        if length.isdigit() and int(length) > self.services.config.max_body_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> BodyTooLarge:
+        self._close_soon()
+        return BodyTooLarge(
+            f"The body is too large: at most {self.services.config.max_body_bytes} bytes are taken."
+        )
+
+    def _close_soon(self) -> None:
+        self.set_header("Connection", "close")
+        stream = getattr(self.request.connection, "stream", None)
+        if stream is not None:
+            IOLoop.current().call_later(LINGER_SECONDS, stream.close)
+
+    def data_received(self, chunk: bytes) -> None:
+        self._received += len(chunk)
+        if self._received <= self.services.config.max_body_bytes:
+            self._chunks.append(chunk)
+        elif not self._finished:
+            self._chunks.clear()
+            self._fail(self._too_large())
+            self._close_soon()
+
+    # Reading
+
+    def body(self) -> Any:
+        """The body, read and fitting the operation's schema. Raises what does not fit."""
+        assert self.route is not None
+        wanted = self.route.operations[str(self.request.method)].request
+        assert wanted is not None
+        content_type = self.request.headers.get("Content-Type", "application/json")
+        if not _CONTENT_TYPE.fullmatch(content_type.strip()):
+            raise UnsupportedMediaType
+        if self.request.headers.get("Content-Encoding", "identity") not in ("", "identity"):
+            raise UnsupportedMediaType
+        if not _accepts_json(self.request.headers.get("Accept", "")):
+            raise NotAcceptable
+        value = parse_json(b"".join(self._chunks))
+        schema(wanted).require(value)
+        return value
+
+    def api_key(self, body: Mapping[str, Any]) -> str | None:
+        """The API key, from wherever it came. Raises `InvalidApiKey` when there are two."""
+        given = {body.get("api_key"), self.bearer(), self.request.headers.get("X-API-Key")}
+        keys = given - {None, ""}
+        if len(keys) > 1:
+            raise InvalidApiKey("The request holds two different API keys. Send one.")
+        return keys.pop() if keys else None
+
+    def bearer(self) -> str | None:
+        """The token of `Authorization: Bearer …`."""
+        scheme, _, token = self.request.headers.get("Authorization", "").partition(" ")
+        return token.strip() or None if scheme.lower() == "bearer" else None
+
+    def serve_chatbot(self, chatbot: Chatbot, *, check_origin: bool) -> Chatbot:
+        """From here on the request is `chatbot`'s, and its allowed origins count.
+
+        With `check_origin` a page of another origin is refused; without, its browser is just not
+        told that it may read the answer.
+        """
+        self.chatbot = chatbot
+        if (origin := self.request.headers.get("Origin")) is not None:
+            self._cors = self.services.access.allows_origin(origin, chatbot)
+            if not self._cors:
+                self.clear_header("Access-Control-Allow-Origin")
+            self._common_headers()
+            if check_origin:
+                self.services.access.require_origin(origin, chatbot)
+        return chatbot
+
+    # Answering
+
+    def answer(self, value: Any) -> None:
+        """Answers 200 with JSON."""
+        self.set_header("Content-Type", "application/json")
+        self.finish(orjson.dumps(value))
+
+    def compute_etag(self) -> str | None:
+        return None
+
+    def options(self, *_: str) -> None:
+        """Answers a preflight, and anybody who asks for the methods."""
+        self.set_status(204)
+        self.set_header("Allow", self._allow())
+        self.clear_header("Content-Type")
+        if self._cors and "Access-Control-Request-Method" in self.request.headers:
+            self.set_header("Access-Control-Allow-Methods", self._allow())
+            self.set_header("Access-Control-Allow-Headers", _ALLOW_HEADERS)
+            self.set_header("Access-Control-Max-Age", "600")
+        self.finish()
+
+    async def head(self, *arguments: str) -> None:
+        if self.route is None or "GET" not in self.route.operations:
+            raise MethodNotAllowed
+        result = self.get(*arguments)
+        if result is not None:
+            await result
+
+    def _allow(self) -> str:
+        methods = list(self.route.operations) if self.route else []
+        return ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
+
+    def _fail(self, error: RequestError) -> None:
+        """Answers with an error, if nothing was answered yet."""
+        problem = problem_of(error)
+        self.error_code = error.code
+        self.set_status(problem.status)
+        self._common_headers()
+        self.set_header("Content-Type", "application/problem+json")
+        if problem.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.set_header("Allow", self._allow())
+        if problem.status == HTTPStatus.UNAUTHORIZED:
+            self.set_header("WWW-Authenticate", 'Bearer realm="chatd"')
+        if problem.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            self.set_header("Connection", "close")
+        if seconds := retry_after(error):
+            self.set_header("Retry-After", seconds)
+        self.finish(orjson.dumps(problem_body(error, self.request_id)))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        self._fail(_as_request_error(status_code, kwargs.get("exc_info")))
+
+    def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, StorageUnavailable):
+            log.error("storage is unavailable: %s", error.detail)
+        elif isinstance(error, RequestError | HTTPError | StreamClosedError):
+            return
+        else:
+            log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
+
+
+def _as_request_error(status: int, exc_info: Any) -> RequestError:
+    error = exc_info[1] if exc_info else None
+    if isinstance(error, RequestError):
+        return error
+    match status:
+        case 404:
+            return NotFound()
+        case 405:
+            return MethodNotAllowed()
+        case _ if 400 <= status < 500:
+            return MalformedRequest("The request's address or headers cannot be read.")
+        case _:
+            return RequestError()
+
+
+def _accepts_json(header: str) -> bool:
+    """Whether an Accept header (RFC 9110, 12.5.1) leaves room for application/json."""
+    if not header.strip():
+        return True
+    best: tuple[int, float] = (-1, 0.0)
+    for part in header.split(","):
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        how = {"*/*": 0, "application/*": 1, "application/json": 2}.get(name)
+        if how is not None and how > best[0]:
+            best = (how, _quality(parameters))
+    return best[1] > 0
+
+
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        if parameter.startswith("q="):
+            try:
+                return float(parameter[2:])
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+class UnknownPathHandler(ApiHandler):
+    """Answers every path that is not there."""
+
+    async def prepare(self) -> None:
+        await super().prepare()
+        raise NotFound("There is nothing at this path. The endpoints are described at /docs.")

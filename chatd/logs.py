@@ -1,0 +1,74 @@
+"""Logs: lines of JSON on stdout, or plain text where a person reads along."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The id of the request that is being handled, for every line that is logged meanwhile."""
+
+access_log = logging.getLogger("chatd.access")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, request id and what `extra` adds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (id := request_id.get()) is not None:
+            line["request_id"] = id
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+class TextFormatter(logging.Formatter):
+    """A line for a person."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        fields: Mapping[str, Any] = getattr(record, "fields", {})
+        if record.name == access_log.name:
+            code = f" {fields['code']}" if fields.get("code") else ""
+            text = (
+                f"{fields['method']} {fields['route']} {fields['status']}{code} {fields['ms']} ms"
+                f"  [{fields['request_id']}]"
+            )
+        else:
+            text = f"{record.levelname.lower()}: {record.getMessage()}"
+            if (id := request_id.get()) is not None:
+                text += f"  [{id}]"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return f"{time} {text}"
+
+
+def set_up(level: str) -> None:
+    """Sends all logs to stdout, as text on a terminal and as JSON elsewhere."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(TextFormatter() if sys.stdout.isatty() else JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # One line a request is chatd's own; Tornado's would be a second.
+    logging.getLogger("tornado.access").propagate = False
+
+
+def log_request(fields: Mapping[str, Any]) -> None:
+    """Logs a request that was answered: names, numbers and ids, never what was said."""
+    status = fields["status"]
+    level = logging.ERROR if status >= 500 else logging.INFO
+    access_log.log(level, "request", extra={"fields": fields})
