@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from pathlib import Path
 
 import click
@@ -72,13 +73,13 @@ def _greet(config: Config, path: Path, port: int, made: tuple[Chatbot, str] | No
 
 
 def _curl(url: str, chatbot_id: str, key: str) -> list[str]:
-    """A command that begins a session and says hello in it."""
-    post = "curl -s -H 'Content-Type: application/json'"
+    """Commands that begin a session and say hello in it."""
+    curl = "curl -s -H 'Content-Type: application/json'"
+    known = {"api_key": key, "assistant_id": chatbot_id}
+    said = {"type": "message", "messages": [{"role": "user", "content": "Hello!"}]}
+    body = json.dumps({**known, **said, "session_id": "SESSION"})
+    body = body.replace('"SESSION"', """"'$SESSION'\"""")
     return [
-        f"""SESSION=$({post} {url}/api/chat/session \\""",
-        f"""  -d '{{"api_key": "{key}", "assistant_id": "{chatbot_id}"}}' | cut -d'"' -f4)""",
-        f"""{post} {url}/api/chat \\""",
-        f"""  -d '{{"api_key": "{key}", "assistant_id": "{chatbot_id}", "type": "message",'"""
-        """'"session_id": "'$SESSION'",'""",
-        """'"messages": [{"role": "user", "content": "Hello!"}]}'; echo""",
+        f"SESSION=$({curl} {url}/api/chat/session -d '{json.dumps(known)}' | cut -d'\"' -f4)",
+        f"{curl} {url}/api/chat -d '{body}'; echo",
     ]

@@ -1,0 +1,1 @@
+"""Tests: what a client, an operator or a plugin's author sees."""
