@@ -132,7 +132,9 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
     interceptors: list[tuple[str, Interceptor]] = []
     for use in config.interceptors:
         offer = registry.interceptors[use.name]
-        interceptors.append((use.name, await _opened(f"interceptor {use.name}", offer, use.settings)))
+        interceptors.append(
+            (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
+        )
         stack.push_async_callback(interceptors[-1][1].close)
     turns = Turns(storage, router, interceptors)
     stack.push_async_callback(turns.close)
@@ -203,5 +205,3 @@ def _log_request(handler: RequestHandler) -> None:
         if handler.chatbot:
             fields["chatbot"] = handler.chatbot.id
     logs.log_request(fields)
-
-

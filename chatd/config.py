@@ -170,6 +170,7 @@ class ConfigFile:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(child, (*path, i)) for i, child in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
         return self._scalar(node, path)
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
@@ -191,12 +192,13 @@ class ConfigFile:
                 values[key] = self._value(value_node, (*path, key))
         return values
 
-    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
         text = _REFERENCE.sub(lambda match: self._resolve(match, node, path), node.value)
         tag = node.tag
         if text != node.value and node.style is None:
             # A plain (unquoted) reference stands for what would have been written there.
-            tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
+            resolver: Any = yaml.SafeLoader("")
+            tag = resolver.resolve(yaml.ScalarNode, text, (True, False))
         if tag.rpartition(":")[2] not in _TYPED:
             tag = "tag:yaml.org,2002:str"
         try:
@@ -275,9 +277,12 @@ class ConfigFile:
         path: Path,
         own: set[str],
     ) -> None:
-        value = self.values
-        for name in path:
-            value = value[name] if isinstance(value, list) else (value or {}).get(name)
+        value: Any = self.values
+        for step in path:
+            if isinstance(value, list) and isinstance(step, int):
+                value = value[step]
+            else:
+                value = value.get(step) if isinstance(value, dict) else None
         if not isinstance(value, dict) or not isinstance(use := value.get("use"), str):
             return
         if use not in offers[kind]:
@@ -335,7 +340,9 @@ def _build(values: Mapping[str, Any]) -> Config:
             )
             for rule in values["models"]
         ),
-        interceptors=tuple(Use(i["use"], _settings(i, set())) for i in values.get("interceptors") or ()),
+        interceptors=tuple(
+            Use(i["use"], _settings(i, set())) for i in values.get("interceptors") or ()
+        ),
         first_chatbot=FirstChatbot(**first) if first else None,
         log_level=values.get("log_level", "info"),
     )

@@ -1,16 +1,16 @@
 """Everything that can go wrong, by what the client is told.
 
-    ChatdError
-    ├── ConfigError              the configuration has faults: all of them, each with its line
-    ├── PluginError              a plugin cannot be loaded or misbehaves, by name
-    ├── ConflictError            an id or an API key is taken already
-    ├── ProviderError            one provider failed at one attempt (never leaves `turns.py`)
-    └── RequestError             ends a request; `code` is what the client reads
-        ├── MalformedRequest     ├── InvalidRequest      ├── InvalidApiKey
-        ├── NotFound             ├── OriginNotAllowed    ├── TurnRefused
-        ├── TurnInProgress       ├── IdempotencyKeyReused
-        ├── RateLimited          ├── ProviderFailed      ├── ProviderTimeout
-        └── StorageUnavailable   └── ShuttingDown
+ChatdError
+├── ConfigError              the configuration has faults: all of them, each with its line
+├── PluginError              a plugin cannot be loaded or misbehaves, by name
+├── ConflictError            an id or an API key is taken already
+├── ProviderError            one provider failed at one attempt (never leaves `turns.py`)
+└── RequestError             ends a request; `code` is what the client reads
+    ├── MalformedRequest     ├── InvalidRequest      ├── InvalidApiKey
+    ├── NotFound             ├── OriginNotAllowed    ├── TurnRefused
+    ├── TurnInProgress       ├── IdempotencyKeyReused
+    ├── RateLimited          ├── ProviderFailed      ├── ProviderTimeout
+    └── StorageUnavailable   └── ShuttingDown
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,14 +23,14 @@ class TurnContext:
     messages: Sequence[Message]
 
 
-Proceed = Callable[[TurnContext], AsyncIterator[Event]]
+Proceed = Callable[[TurnContext], AsyncGenerator[Event, None]]
 
 
 class Interceptor(Protocol):
     """Adds context, refuses, redacts or observes."""
 
-    def around(self, turn: TurnContext, proceed: Proceed) -> AsyncIterator[Event]:
-        """Answers the turn, usually by passing on the events of `proceed(turn)`.
+    def around(self, turn: TurnContext, proceed: Proceed) -> AsyncGenerator[Event, None]:
+        """An async generator that answers the turn, usually by passing on the events of `proceed(turn)`.
 
         Change `turn` to change what the model is given; change the events to change what is
         shown and stored; raise `TurnRefused` to decline; leave `proceed` alone to answer

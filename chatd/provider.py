@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -82,8 +82,10 @@ Event = TextDelta | ReasoningDelta | UsageReport | Finish
 class Provider(Protocol):
     """Somebody who answers."""
 
-    def stream(self, request: ProviderRequest) -> AsyncIterator[Event]:
+    def stream(self, request: ProviderRequest) -> AsyncGenerator[Event, None]:
         """Answers as events; the last is `Finish`, or `ProviderError` is raised.
+
+        An async generator, so that it can be closed.
 
         With `request.stream` false the text may come as one event. Closing the iterator, or
         cancelling the task that reads it, ends the request to the provider at once. There is no

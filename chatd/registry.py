@@ -145,7 +145,9 @@ class Registry:
         self._manager.register(module, name=name)
         callers = self._manager.get_hookcallers(module) or []
         self.plugins.append(Loaded(name, source, tuple(sorted(c.name for c in callers))))
-        self._call(name, "chatd_register_storage", register=Register("storage", name, self.storages))
+        self._call(
+            name, "chatd_register_storage", register=Register("storage", name, self.storages)
+        )
         self._call(
             name, "chatd_register_provider", register=Register("provider", name, self.providers)
         )
@@ -177,7 +179,9 @@ def load_registry(folder: Path | None = None, disabled: frozenset[str] = frozens
         try:
             module = load()
         except Exception as error:
-            raise PluginError(_failed(name, f"from {source} cannot be loaded: {_told(error)}")) from error
+            raise PluginError(
+                _failed(name, f"from {source} cannot be loaded: {_told(error)}")
+            ) from error
         registry._register(name, source, module)
     return registry
 

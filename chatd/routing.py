@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -73,7 +73,7 @@ class Router:
 
     async def stream(
         self, request: ProviderRequest, attempts: list[Attempt]
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """The events of the first provider that answers, ending in `Finish`.
 
         Every attempt is appended to `attempts`, so the last one is who answered. Raises the
@@ -115,7 +115,7 @@ class Router:
         raise failure
 
 
-async def _ask(target: Target, request: ProviderRequest, model: str) -> AsyncIterator[Event]:
+async def _ask(target: Target, request: ProviderRequest, model: str) -> AsyncGenerator[Event, None]:
     """One attempt, held to the contract: text, one end, in time, no foreign exception."""
     timeouts = target.timeouts
     events = target.provider.stream(replace(request, model=model, timeouts=timeouts))
@@ -152,8 +152,7 @@ async def _ask(target: Target, request: ProviderRequest, model: str) -> AsyncIte
             ProviderErrorKind.PROTOCOL, f"{type(error).__name__} in the plugin", reached_model=True
         ) from error
     finally:
-        if close := getattr(events, "aclose", None):
-            await close()
+        await events.aclose()
 
 
 def _pattern(match: str) -> re.Pattern[str]:

@@ -46,10 +46,10 @@ class SSEDecoder:
             text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, rest = text.split(b"\n")
         self._tail_bytes = 0
+        if self._at_start and lines:
+            self._at_start = False
+            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
         for line in lines:
-            if self._at_start:
-                self._at_start = False
-                line = line.removeprefix(b"\xef\xbb\xbf")
             if line:
                 self._field(line)
             elif self._data:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -249,12 +249,12 @@ class Turns:
             return None
         return chain[0].timeouts.total if request.stream else chain[0].timeouts.plain
 
-    def _events(self, turn: RunningTurn, request: ProviderRequest) -> AsyncIterator[Event]:
+    def _events(self, turn: RunningTurn, request: ProviderRequest) -> AsyncGenerator[Event, None]:
         """The events of the turn, through the interceptors in their order."""
         if not self._interceptors:
             return self._router.stream(request, turn.attempts)
 
-        def ask(context: TurnContext) -> AsyncIterator[Event]:
+        def ask(context: TurnContext) -> AsyncGenerator[Event, None]:
             return self._router.stream(replace(request, messages=context.messages), turn.attempts)
 
         proceed: Proceed = ask
@@ -265,7 +265,9 @@ class Turns:
     async def _end(self, turn: RunningTurn, status: TurnStatus, error: RequestError | None) -> None:
         reply = "".join(turn.parts)
         answered = turn.attempts[-1] if turn.attempts else None
-        model = (turn.finish.model if turn.finish else None) or (answered and answered.model)
+        model = turn.finish.model if turn.finish else None
+        if model is None and answered is not None:
+            model = answered.model
         finish_reason = turn.finish.reason if turn.finish else None
         finish = FinishTurn(
             turn_id=turn.id,
@@ -327,9 +329,9 @@ class Turns:
 def _around(name: str, interceptor: Interceptor, inner: Proceed) -> Proceed:
     """`inner` inside of `interceptor`, whose own failures are logged by name."""
 
-    async def outer(context: TurnContext) -> AsyncIterator[Event]:
+    async def outer(context: TurnContext) -> AsyncGenerator[Event, None]:
         try:
-            async with aclosing(_closable(interceptor.around(context, inner))) as events:
+            async with aclosing(interceptor.around(context, inner)) as events:
                 async for event in events:
                     yield event
         except (ProviderError, RequestError):
@@ -341,11 +343,6 @@ def _around(name: str, interceptor: Interceptor, inner: Proceed) -> Proceed:
             raise
 
     return outer
-
-
-async def _closable(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    async for event in events:
-        yield event
 
 
 def _reached_model(turn: RunningTurn) -> bool:

@@ -63,8 +63,8 @@ def _reason(body: bytes, error: orjson.JSONDecodeError) -> str:
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
     if len(pairs) > 1 and len({name for name, _ in pairs}) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise MalformedRequest(f"The name {json.dumps(twice[:64])} stands twice in one object.")
 
 
@@ -105,7 +105,7 @@ class Schema:
     @cached_property
     def _thorough(self) -> jsonschema.Draft202012Validator:
         # Imported when a first document is at fault: 100 ms that a start does not pay.
-        import jsonschema
+        import jsonschema  # noqa: PLC0415
 
         return jsonschema.Draft202012Validator(self.document)
 
@@ -129,7 +129,9 @@ class Schema:
 @cache
 def schema(name: str) -> Schema:
     """The schema `chatd/schemas/<name>.json`, compiled once."""
-    return Schema(orjson.loads(resources.files("chatd.schemas").joinpath(f"{name}.json").read_bytes()))
+    return Schema(
+        orjson.loads(resources.files("chatd.schemas").joinpath(f"{name}.json").read_bytes())
+    )
 
 
 _TYPES = {
@@ -152,20 +154,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def explain(error: jsonschema.ValidationError) -> Iterator[tuple[Path, str]]:
     """Where a fault is and what, in words that never quote the value: it may be a secret."""
     path: Path = tuple(error.absolute_path)
-    rule, wanted, value = str(error.validator), error.validator_value, error.instance
+    rule = str(error.validator)
+    value: Any = error.instance
+    wanted: Any = error.validator_value
+    owner: Any = error.schema
     if rule == "required":
         missing = [name for name in wanted if name not in value]
         # One error comes per missing name; each carries it only in its text.
-        yield from ((path + (n,), "is required") for n in missing if error.message.startswith(repr(n)))
+        yield from (
+            ((*path, n), "is required") for n in missing if error.message.startswith(repr(n))
+        )
     elif rule == "additionalProperties":
-        known = error.schema.get("properties", {})
+        known = owner.get("properties", {})
         for name in value:
             if name not in known:
-                yield path + (name,), "unknown key" + did_you_mean(str(name), known)
+                yield (*path, name), "unknown key" + did_you_mean(str(name), known)
     elif rule in ("anyOf", "oneOf") and error.context:
         yield from explain(_closest(error.context))
     else:
-        yield path, _sentence(rule, wanted, error.schema)
+        yield path, _sentence(rule, wanted, owner)
 
 
 def _closest(branches: Sequence[jsonschema.ValidationError]) -> jsonschema.ValidationError:
@@ -174,37 +181,32 @@ def _closest(branches: Sequence[jsonschema.ValidationError]) -> jsonschema.Valid
 
 
 def _sentence(rule: str, wanted: Any, owner: Mapping[str, Any]) -> str:
-    match rule:
-        case "type":
-            names = [wanted] if isinstance(wanted, str) else wanted
-            return "must be " + " or ".join(_TYPES[name] for name in names)
-        case "enum":
-            return "must be one of " + ", ".join(json.dumps(w, ensure_ascii=False) for w in wanted)
-        case "const":
-            return str(owner.get("x-error") or f"must be {json.dumps(wanted)}")
-        case "pattern":
-            return str(owner.get("x-error") or f"must match {wanted}")
-        case "minLength":
-            return "must not be empty" if wanted == 1 else f"must have at least {wanted} characters"
-        case "maxLength":
-            return f"must have at most {wanted} characters"
-        case "minItems":
-            return "must not be empty" if wanted == 1 else f"must have at least {wanted} items"
-        case "maxItems":
-            return f"must have at most {wanted} items"
-        case "minProperties":
-            return "must not be empty" if wanted == 1 else f"must have at least {wanted} keys"
-        case "maxProperties":
-            return f"must have at most {wanted} keys"
-        case "minimum":
-            return f"must be at least {wanted}"
-        case "exclusiveMinimum":
-            return f"must be more than {wanted}"
-        case "maximum":
-            return f"must be at most {wanted}"
-        case "propertyNames":
-            return "has a key that is not allowed"
-        case "uniqueItems":
-            return "must not hold the same item twice"
-        case _:
-            return f"does not fit ({rule})"
+    if rule in ("enum", "const", "pattern") and "x-error" in owner:
+        return str(owner["x-error"])
+    if rule == "type":
+        names = [wanted] if isinstance(wanted, str) else wanted
+        return "must be " + " or ".join(_TYPES[name] for name in names)
+    if rule in ("enum", "const"):
+        choices = wanted if rule == "enum" else [wanted]
+        listed = ", ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+        return f"must be {'one of ' if len(choices) > 1 else ''}{listed}"
+    if rule.startswith("min") and wanted == 1 and rule != "minimum":
+        return "must not be empty"
+    return _SENTENCES.get(rule, "does not fit ({rule})").format(wanted=wanted, rule=rule)
+
+
+_SENTENCES = {
+    "pattern": "must match {wanted}",
+    "minLength": "must have at least {wanted} characters",
+    "maxLength": "must have at most {wanted} characters",
+    "minItems": "must have at least {wanted} items",
+    "maxItems": "must have at most {wanted} items",
+    "minProperties": "must have at least {wanted} keys",
+    "maxProperties": "must have at most {wanted} keys",
+    "minimum": "must be at least {wanted}",
+    "exclusiveMinimum": "must be more than {wanted}",
+    "maximum": "must be at most {wanted}",
+    "exclusiveMaximum": "must be less than {wanted}",
+    "propertyNames": "has a key that is not allowed",
+    "uniqueItems": "must not hold the same item twice",
+}

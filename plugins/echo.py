@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import chatd
@@ -21,7 +21,7 @@ class EchoProvider:
         self._reply = reply
         self._word_seconds = word_seconds
 
-    async def stream(self, request: chatd.ProviderRequest) -> AsyncIterator[chatd.Event]:
+    async def stream(self, request: chatd.ProviderRequest) -> AsyncGenerator[chatd.Event, None]:
         said = request.messages[-1].content if request.messages else ""
         text = self._reply.replace("{message}", said)
         words = text.split(" ")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -96,7 +96,7 @@ class ChatCompletions:
             body["user"] = request.user
         return {**body, **self._parameters, **request.parameters}
 
-    async def stream(self, request: chatd.ProviderRequest) -> AsyncIterator[chatd.Event]:
+    async def stream(self, request: chatd.ProviderRequest) -> AsyncGenerator[chatd.Event, None]:
         answer = _Answer()
         try:
             async with self._send(
@@ -116,9 +116,7 @@ class ChatCompletions:
         except _Told as error:
             raise self._error(error.error, error.status, request, reached_model=True) from None
 
-    def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, connect: float
-    ) -> Any:
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None, connect: float) -> Any:
         return self._http.request(
             method,
             self._base_url + path,
@@ -130,7 +128,7 @@ class ChatCompletions:
 
     async def _events(
         self, response: aiohttp.ClientResponse, answer: _Answer
-    ) -> AsyncIterator[chatd.Event]:
+    ) -> AsyncGenerator[chatd.Event, None]:
         decoder = chatd.SSEDecoder()
         ended_at: float | None = None
         loop = asyncio.get_running_loop()
@@ -282,7 +280,9 @@ class _Answer:
 
     def _read(self, value: Any, part: str) -> Iterator[chatd.Event]:
         if not isinstance(value, dict):
-            raise chatd.ProviderError(_Kind.PROTOCOL, "JSON that is not an object", reached_model=True)
+            raise chatd.ProviderError(
+                _Kind.PROTOCOL, "JSON that is not an object", reached_model=True
+            )
         if value.get("error"):
             raise _Told(value["error"])
         if isinstance(model := value.get("model"), str) and model:

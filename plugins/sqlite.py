@@ -139,7 +139,9 @@ class _Connection(threading.Thread):
         self._open = open
         self._write = write
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[tuple[asyncio.Future[Any], Work] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[asyncio.Future[Any], Work] | None] = (
+            queue.SimpleQueue()
+        )
         self._closed = False
 
     async def submit(self, work: Callable[[apsw.Connection], T]) -> T:
@@ -165,7 +167,9 @@ class _Connection(threading.Thread):
                 try:
                     connection = self._open()
                 except apsw.Error as error:
-                    self._deliver([(future, None, _unavailable(error, self._path)) for future, _ in group])
+                    self._deliver(
+                        [(future, None, _unavailable(error, self._path)) for future, _ in group]
+                    )
                     continue
             self._deliver(self._run_group(connection, group))
         if connection is not None:
@@ -224,7 +228,9 @@ class _Connection(threading.Thread):
     def _translated(self, error: Exception) -> Exception:
         return _unavailable(error, self._path) if isinstance(error, apsw.Error) else error
 
-    def _deliver(self, outcomes: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+    def _deliver(
+        self, outcomes: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]
+    ) -> None:
         # The loop may be gone when a process ends in mid-operation; nobody waits then.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(_resolve, outcomes)
@@ -250,6 +256,7 @@ class SQLiteStorage:
         self._writer = _Connection(path, self._connect, write=True)
         self._reader = _Connection(path, self._connect, write=False)
         self._lock: IO[bytes] | None = None
+        self._began = False
 
     async def open(self) -> None:
         """Creates or migrates the database. Raises `PluginError` when it cannot be used."""
@@ -315,13 +322,17 @@ class SQLiteStorage:
 
     async def _chatbot(self, where: str, value: str) -> chatd.Chatbot | None:
         row = await self._reader.submit(
-            lambda db: db.execute(f"SELECT {_CHATBOT} FROM chatbots WHERE {where}", (value,)).fetchone()
+            lambda db: db.execute(
+                f"SELECT {_CHATBOT} FROM chatbots WHERE {where}", (value,)
+            ).fetchone()
         )
         return _chatbot(row) if row else None
 
     async def list_chatbots(self) -> Sequence[chatd.Chatbot]:
         rows = await self._reader.submit(
-            lambda db: db.execute(f"SELECT {_CHATBOT} FROM chatbots ORDER BY created_at, id").fetchall()
+            lambda db: db.execute(
+                f"SELECT {_CHATBOT} FROM chatbots ORDER BY created_at, id"
+            ).fetchall()
         )
         return [_chatbot(row) for row in rows]
 
@@ -359,7 +370,9 @@ class SQLiteStorage:
 
     async def create_session(self, session: chatd.Session) -> None:
         def work(db: apsw.Connection) -> None:
-            if not db.execute("SELECT 1 FROM chatbots WHERE id = ?", (session.chatbot_id,)).fetchone():
+            if not db.execute(
+                "SELECT 1 FROM chatbots WHERE id = ?", (session.chatbot_id,)
+            ).fetchone():
                 raise chatd.NotFound
             db.execute(
                 "INSERT INTO sessions (session_id, chatbot_id, channel, user_id, metadata)"
@@ -407,12 +420,15 @@ class SQLiteStorage:
             ).fetchall()
 
         rows = await self._reader.submit(work)
-        messages = [chatd.StoredMessage(i, r, c, _utc(t), turn) for i, r, c, t, turn in rows[:limit]]
+        messages = [
+            chatd.StoredMessage(i, r, c, _utc(t), turn) for i, r, c, t, turn in rows[:limit]
+        ]
         return chatd.MessagePage(messages[::-1], has_more=len(rows) > limit)
 
     # Turns
 
     async def begin_turn(self, request: chatd.BeginTurn) -> chatd.BegunTurn | chatd.ExistingTurn:
+        self._began = True
         return await self._writer.submit(lambda db: _begin(db, request))
 
     async def finish_turn(self, result: chatd.FinishTurn) -> bool:
@@ -445,11 +461,11 @@ class SQLiteStorage:
         )
 
     async def sweep(self) -> int:
+        alone = False
         if self._lock is None:
             self._lock, alone = _take_lock(Path(f"{self._path}-lock"))
-        else:
-            alone = False
         # Nobody else serves this file, and this process has not begun: all that runs is dead.
+        alone = alone and not self._began
         where = "" if alone else " AND lease_until <= unixepoch('subsec')"
 
         def work(db: apsw.Connection) -> int:
@@ -467,7 +483,7 @@ _INTERRUPT = (
 
 def _take_lock(path: Path) -> tuple[IO[bytes], bool]:
     """A lock that every server on this file shares for its life, and whether it is the only one."""
-    lock = open(path, "ab")  # noqa: SIM115 - kept open: the lock lives as long as it is
+    lock = path.open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         alone = True
@@ -656,7 +672,7 @@ def _chatbot_columns(chatbot: chatd.Chatbot) -> tuple[str, str, str, str]:
     return chatbot.name, chatbot.model, _KEY_SCHEME + chatbot.api_key_hash.hex(), settings
 
 
-def _chatbot(row: tuple[Any, ...]) -> chatd.Chatbot:
+def _chatbot(row: Any) -> chatd.Chatbot:
     id, name, model, api_key, settings, created_at, updated_at = row
     return chatd.Chatbot(
         id=id,
@@ -669,8 +685,10 @@ def _chatbot(row: tuple[Any, ...]) -> chatd.Chatbot:
     )
 
 
-def _turn(row: tuple[Any, ...]) -> chatd.TurnRecord:
-    id, session, chatbot, status, label, reply, model, provider, finish_reason, error_code = row[:10]
+def _turn(row: Any) -> chatd.TurnRecord:
+    id, session, chatbot, status, label, reply, model, provider, finish_reason, error_code = row[
+        :10
+    ]
     attempts, rating, comment, started_at, finished_at = row[15:]
     return chatd.TurnRecord(
         id=id,

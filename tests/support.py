@@ -122,7 +122,7 @@ class ServerProcess:
     def __init__(self, folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.stdout_path = folder / "stdout.log"
-        with open(self.stdout_path, "ab") as stdout:
+        with self.stdout_path.open("ab") as stdout:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "chatd", "serve", "--port", "0", *arguments],
                 cwd=folder,
@@ -200,6 +200,7 @@ def chatd_command(
     """Runs `chatd …` as an operator would."""
     return subprocess.run(
         [sys.executable, "-m", "chatd", *arguments],
+        check=False,
         cwd=cwd,
         env={**clean_env(), **(env or {})},
         input=stdin,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 import chatd
-from chatd.app import load, packaged_config
+from chatd.app import load
 from chatd.cli import bots, chat, init, plugins
-from chatd.cli.common import configured, reports_errors
 from chatd.cli.check import check
+from chatd.cli.common import configured
 from chatd.cli.serve import serve
 from chatd.errors import ChatdError
 
@@ -19,7 +19,10 @@ class _Cli(click.Group):
     _asked = False
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return super().get_command(ctx, name) or (self._ask() or super().get_command(ctx, name))
+        if (own := super().get_command(ctx, name)) is not None:
+            return own
+        self._ask()
+        return super().get_command(ctx, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         self._ask()
@@ -48,4 +51,4 @@ main.add_command(bots.bots)
 main.add_command(chat.chat)
 main.add_command(init.init)
 
-__all__ = ["main", "packaged_config", "reports_errors"]
+__all__ = ["main"]

@@ -33,13 +33,20 @@ class BadValue(ChatdError):
 def _settings_options(command: Any) -> Any:
     """The options for what can be set of a chatbot, on `add` and on `set`."""
     for option in (
-        click.option("--allowed-origin", "allowed_origins", multiple=True, metavar="ORIGIN",
-                     help="An origin whose pages may talk to it; several may be given. "
-                     '"default" is the server\'s list.'),
+        click.option(
+            "--allowed-origin",
+            "allowed_origins",
+            multiple=True,
+            metavar="ORIGIN",
+            help="An origin whose pages may talk to it; several may be given. "
+            '"default" is the server\'s list.',
+        ),
         click.option("--temperature", metavar="0..2", help='"default" is the provider\'s.'),
         click.option("--max-output-tokens", metavar="N", help='"default" is the provider\'s.'),
         click.option("--context-tokens", metavar="N", help="The most tokens a model is given."),
-        click.option("--system-prompt", metavar="TEXT", help="Who the chatbot is; @FILE reads a file."),
+        click.option(
+            "--system-prompt", metavar="TEXT", help="Who the chatbot is; @FILE reads a file."
+        ),
         click.option("--model", metavar="MODEL", help=f"The model's id, like {DEFAULT_MODEL}."),
         click.option("--name", metavar="NAME", help="What people call it."),
     ):
@@ -201,7 +208,12 @@ def _shown(chatbot: Chatbot) -> dict[str, Any]:
 def _checked_key(api_key: str | None) -> str:
     if api_key is None:
         return new_api_key()
-    if len(api_key) < MIN_KEY_CHARS or not api_key.isascii() or not api_key.isprintable() or " " in api_key:
+    if (
+        len(api_key) < MIN_KEY_CHARS
+        or not api_key.isascii()
+        or not api_key.isprintable()
+        or " " in api_key
+    ):
         raise BadValue(
             f"--api-key: must be at least {MIN_KEY_CHARS} visible ASCII characters without spaces"
         )
@@ -216,7 +228,10 @@ def _checked_name(value: str, option: str) -> str:
 
 def _changed(settings: ChatbotSettings, given: dict[str, Any]) -> ChatbotSettings:
     """`settings` with what was given on the command line. Raises `BadValue`."""
-    values = {**settings.to_json(), **{k: _typed(k, v) for k, v in given.items() if v not in (None, ())}}
+    values = {
+        **settings.to_json(),
+        **{k: _typed(k, v) for k, v in given.items() if v not in (None, ())},
+    }
     if faults := schema("chatbot_settings").faults(values):
         raise BadValue("\n".join(f"{_option(pointer(path))}: {text}" for path, text in faults))
     known = {k: v for k, v in values.items() if v is not None}

@@ -55,7 +55,7 @@ def reports_errors(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _has_place(line: str) -> bool:
-    return ": " in line and line.split(": ")[0].rpartition(":")[2].isdigit()
+    return ": " in line and line.split(": ", maxsplit=1)[0].rpartition(":")[2].isdigit()
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

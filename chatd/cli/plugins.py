@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from chatd.cli.common import config_option, configured, json_option, reports_errors
 from chatd.config import ConfigFile
-from chatd.registry import Registry, load_registry
+from chatd.registry import Offer, Registry, load_registry
 
 
 @click.command()
@@ -41,7 +43,7 @@ def plugins(config_path: Path | None, as_json: bool) -> None:
 
 def _offers(registry: Registry, plugin: str) -> list[str]:
     """One line for each thing that the plugin offers."""
-    kinds = {
+    kinds: dict[str, Iterable[Offer[Any]]] = {
         "storage": registry.storages.values(),
         "provider": registry.providers.values(),
         "interceptor": registry.interceptors.values(),

@@ -26,9 +26,10 @@ def serve(config_path: Path | None, host: str | None, port: int | None) -> None:
     """Serve until SIGTERM or Ctrl-C; running turns then finish first."""
     path = configured(config_path)
     config, registry = load(path)
-    given = {"host": host, "port": port}
     server = dataclasses.replace(
-        config.server, **{k: v for k, v in given.items() if v is not None}
+        config.server,
+        host=config.server.host if host is None else host,
+        port=config.server.port if port is None else port,
     )
     config = dataclasses.replace(config, server=server)
     logs.set_up(config.log_level)

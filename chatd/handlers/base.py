@@ -109,6 +109,7 @@ class ApiHandler(RequestHandler):
     route: Route | None
     chatbot: Chatbot | None = None
     error_code: str | None = None
+
     def initialize(self, services: Services, route: Route | None = None, **arguments: Any) -> None:
         self.services = services
         self.route = route

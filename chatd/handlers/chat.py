@@ -49,7 +49,9 @@ def new_messages(messages: Sequence[dict[str, Any]]) -> list[Message]:
         raise InvalidRequest(
             "Nothing new is said: the last message must be the user's.",
             errors=[
-                Fault(f"/messages/{len(messages) - 1}/role", "must be the user's: nothing follows it")
+                Fault(
+                    f"/messages/{len(messages) - 1}/role", "must be the user's: nothing follows it"
+                )
             ],
         )
     return new[::-1]

@@ -1,0 +1,709 @@
+"""The contract of a storage, sentence by sentence, as tests that any implementation can run.
+
+Needs pytest and pytest-tornasync. Subclass `StorageConformance`, override `open_storage`, run
+pytest::
+
+    class TestMyStorage(StorageConformance):
+        @pytest.fixture
+        def open_storage(self, tmp_path):
+            async def open():
+                return await open_my_storage({"path": str(tmp_path / "data")})
+
+            return open
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from tornado.ioloop import IOLoop
+
+from chatd.domain import (
+    Chatbot,
+    ChatbotSettings,
+    Message,
+    Session,
+    TurnStatus,
+    Usage,
+    hash_api_key,
+    new_api_key,
+    new_id,
+)
+from chatd.errors import ConflictError, IdempotencyKeyReused, NotFound, TurnInProgress
+from chatd.storage import BeginTurn, BegunTurn, ExistingTurn, FinishTurn, Storage
+
+Opener = Callable[[], Awaitable[Storage]]
+SHORT_LEASE = 0.05
+AFTER_SHORT_LEASE = 0.2
+
+
+def a_chatbot(**more: Any) -> Chatbot:
+    """A chatbot with a new id and key."""
+    values: dict[str, Any] = {"id": new_id(), "name": "Bot", "model": "a/model"}
+    return Chatbot(**{**values, "api_key_hash": hash_api_key(new_api_key()), **more})
+
+
+def a_turn(session: Session, *said: str, **more: Any) -> BeginTurn:
+    """A turn in which `said` is said, with a long lease and a large budget."""
+    values: dict[str, Any] = {
+        "turn_id": new_id(),
+        "session_id": session.id,
+        "chatbot_id": session.chatbot_id,
+        "messages": [Message("user", text) for text in said or ("Hello",)],
+        "history_chars": 100_000,
+        "lease_seconds": 60,
+    }
+    return BeginTurn(**{**values, **more})
+
+
+class StorageConformance:
+    """Every test is one promise of `chatd.Storage`."""
+
+    @pytest.fixture
+    def open_storage(self) -> Opener:
+        """Override this: a coroutine function that opens the storage, empty at first.
+
+        Called again within a test it must open the same data.
+        """
+        pytest.fail("override the fixture open_storage")
+
+    @pytest.fixture
+    def storage(self, io_loop: IOLoop, open_storage: Opener) -> Iterator[Storage]:
+        storage = io_loop.run_sync(lambda: _opened(open_storage))
+        yield storage
+        io_loop.run_sync(storage.close)
+
+    @pytest.fixture
+    def chatbot(self, io_loop: IOLoop, storage: Storage) -> Chatbot:
+        chatbot = a_chatbot()
+        io_loop.run_sync(lambda: storage.add_chatbot(chatbot))
+        return chatbot
+
+    @pytest.fixture
+    def session(self, io_loop: IOLoop, storage: Storage, chatbot: Chatbot) -> Session:
+        session = Session(new_id(), chatbot.id, "api", "visitor-1", {"plan": "gold"})
+        io_loop.run_sync(lambda: storage.create_session(session))
+        return session
+
+    async def test_check_returns_on_a_storage_that_is_there(self, storage: Storage) -> None:
+        assert await _returns(storage.check())
+
+    # Chatbots
+
+    async def test_a_chatbot_is_read_back_as_it_was_added(self, storage: Storage) -> None:
+        settings = ChatbotSettings(
+            "Be kind. 💬", 4000, 300, 0.5, allowed_origins=("https://a.example",)
+        )
+        chatbot = a_chatbot(name="Zoë", settings=settings)
+        await storage.add_chatbot(chatbot)
+        found = await storage.get_chatbot(chatbot.id)
+        assert found is not None
+        assert (found.name, found.model, found.settings) == ("Zoë", "a/model", settings)
+        assert found.api_key_hash == chatbot.api_key_hash
+        assert found.created_at is not None
+        assert found.created_at.tzinfo is not None
+
+    async def test_an_unknown_chatbot_is_none(self, storage: Storage, chatbot: Chatbot) -> None:
+        assert await storage.get_chatbot(new_id()) is None
+        assert await storage.get_chatbot_by_key(hash_api_key("unknown")) is None
+
+    async def test_a_chatbot_is_found_by_the_hash_of_its_key(
+        self, storage: Storage, chatbot: Chatbot
+    ) -> None:
+        found = await storage.get_chatbot_by_key(chatbot.api_key_hash)
+        assert found is not None
+        assert found.id == chatbot.id
+
+    async def test_a_taken_id_is_a_conflict(self, storage: Storage, chatbot: Chatbot) -> None:
+        with pytest.raises(ConflictError):
+            await storage.add_chatbot(a_chatbot(id=chatbot.id))
+
+    async def test_a_taken_key_is_a_conflict(self, storage: Storage, chatbot: Chatbot) -> None:
+        with pytest.raises(ConflictError):
+            await storage.add_chatbot(a_chatbot(api_key_hash=chatbot.api_key_hash))
+        other = a_chatbot()
+        await storage.add_chatbot(other)
+        with pytest.raises(ConflictError):
+            await storage.update_chatbot(a_chatbot(id=other.id, api_key_hash=chatbot.api_key_hash))
+
+    async def test_chatbots_are_listed_oldest_first(self, storage: Storage) -> None:
+        chatbots = [a_chatbot(name=f"Bot {i}") for i in range(3)]
+        for chatbot in chatbots:
+            await storage.add_chatbot(chatbot)
+            await asyncio.sleep(0.005)
+        assert [c.id for c in await storage.list_chatbots()] == [c.id for c in chatbots]
+
+    async def test_an_update_replaces_name_model_key_and_settings(
+        self, storage: Storage, chatbot: Chatbot
+    ) -> None:
+        changed = a_chatbot(
+            id=chatbot.id, name="New", model="b/model", settings=ChatbotSettings("You are new.")
+        )
+        assert await storage.update_chatbot(changed) is True
+        found = await storage.get_chatbot(chatbot.id)
+        assert found is not None
+        assert (found.name, found.model) == ("New", "b/model")
+        assert found.settings.system_prompt == "You are new."
+        assert await storage.get_chatbot_by_key(chatbot.api_key_hash) is None
+
+    async def test_an_update_of_an_unknown_chatbot_is_false(self, storage: Storage) -> None:
+        assert await storage.update_chatbot(a_chatbot()) is False
+        assert await storage.list_chatbots() == []
+
+    async def test_removing_a_chatbot_erases_all_that_is_its_own_and_nothing_else(
+        self, storage: Storage, session: Session
+    ) -> None:
+        other = a_chatbot()
+        await storage.add_chatbot(other)
+        kept = Session(new_id(), other.id)
+        await storage.create_session(kept)
+        await _complete(storage, kept, "keep me", "kept")
+        turn = await _complete(storage, session, "erase me", "erased")
+        assert await storage.remove_chatbot(session.chatbot_id) is True
+        assert await storage.get_chatbot(session.chatbot_id) is None
+        assert await storage.get_session(session.id) is None
+        assert await storage.get_turn(turn, session.chatbot_id) is None
+        assert await _transcript(storage, kept) == [("user", "keep me"), ("assistant", "kept")]
+        assert await storage.remove_chatbot(session.chatbot_id) is False
+
+    async def test_allowed_origins_are_those_of_all_chatbots(
+        self, storage: Storage, chatbot: Chatbot
+    ) -> None:
+        assert await storage.allowed_origins() == frozenset()
+        for origins in [("https://a.example", "https://b.example"), ("https://b.example",), ()]:
+            await storage.add_chatbot(a_chatbot(settings=ChatbotSettings(allowed_origins=origins)))
+        assert await storage.allowed_origins() == {"https://a.example", "https://b.example"}
+
+    # Sessions
+
+    async def test_a_session_is_read_back_as_it_was_created(
+        self, storage: Storage, session: Session
+    ) -> None:
+        found = await storage.get_session(session.id)
+        assert found is not None
+        assert (found.chatbot_id, found.channel) == (session.chatbot_id, "api")
+        assert (found.user_id, found.metadata) == ("visitor-1", {"plan": "gold"})
+
+    async def test_a_session_of_an_unknown_chatbot_is_not_found(self, storage: Storage) -> None:
+        session = Session(new_id(), new_id())
+        with pytest.raises(NotFound):
+            await storage.create_session(session)
+        assert await storage.get_session(session.id) is None
+
+    async def test_creating_a_session_again_changes_nothing(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _complete(storage, session, "a", "b")
+        await storage.create_session(session)
+        assert len(await _transcript(storage, session)) == 2
+
+    async def test_deleting_a_session_erases_what_was_said_in_it_and_nothing_else(
+        self, storage: Storage, session: Session
+    ) -> None:
+        kept = Session(new_id(), session.chatbot_id)
+        await storage.create_session(kept)
+        await _complete(storage, kept, "keep me", "kept")
+        turn = await _complete(storage, session, "erase me", "erased")
+        assert await storage.delete_session(session.id, session.chatbot_id) is True
+        assert await storage.get_session(session.id) is None
+        assert await storage.get_turn(turn, session.chatbot_id) is None
+        with pytest.raises(NotFound):
+            await storage.list_messages(session.id, session.chatbot_id, limit=10)
+        assert len(await _transcript(storage, kept)) == 2
+        assert await storage.delete_session(session.id, session.chatbot_id) is False
+
+    async def test_another_chatbots_session_is_as_unknown_as_none(
+        self, storage: Storage, session: Session
+    ) -> None:
+        other = a_chatbot()
+        await storage.add_chatbot(other)
+        turn = await _complete(storage, session, "a", "b")
+        for chatbot_id, session_id in [(other.id, session.id), (session.chatbot_id, new_id())]:
+            foreign = Session(session_id, chatbot_id)
+            with pytest.raises(NotFound):
+                await storage.begin_turn(a_turn(foreign))
+            with pytest.raises(NotFound):
+                await storage.list_messages(session_id, chatbot_id, limit=10)
+            assert await storage.delete_session(session_id, chatbot_id) is False
+        assert await storage.get_turn(turn, other.id) is None
+        assert await storage.rate_turn(turn, new_id(), "up", None) is False
+        assert len(await _transcript(storage, session)) == 2
+
+    async def test_messages_come_in_pages_newest_page_first(
+        self, storage: Storage, session: Session
+    ) -> None:
+        for i in range(5):
+            await _complete(storage, session, f"q{i}", f"a{i}")
+        seen: list[str] = []
+        before: int | None = None
+        while True:
+            page = await storage.list_messages(
+                session.id, session.chatbot_id, limit=3, before=before
+            )
+            assert len(page.data) <= 3
+            assert [m.id for m in page.data] == sorted(m.id for m in page.data)
+            seen[:0] = [m.content for m in page.data]
+            if not page.has_more:
+                break
+            before = page.data[0].id
+        assert seen == [text for i in range(5) for text in (f"q{i}", f"a{i}")]
+
+    # Beginning a turn
+
+    async def test_the_first_turn_has_no_history(self, storage: Storage, session: Session) -> None:
+        request = a_turn(session, "Hi")
+        begun = await _begin(storage, request)
+        assert (begun.turn_id, begun.history, begun.history_truncated) == (
+            request.turn_id,
+            [],
+            False,
+        )
+        assert begun.user_id == "visitor-1"
+        assert await _transcript(storage, session) == [("user", "Hi")]
+
+    async def test_history_is_what_was_said_before_oldest_first(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _complete(storage, session, "q1", "a1")
+        await _complete(storage, session, "q2", "a2")
+        begun = await _begin(storage, a_turn(session, "q3"))
+        assert [(m.role, m.content) for m in begun.history] == [
+            ("user", "q1"),
+            ("assistant", "a1"),
+            ("user", "q2"),
+            ("assistant", "a2"),
+        ]
+
+    async def test_several_messages_of_a_turn_keep_their_order(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _complete(storage, session, "one", "reply", "two", "three")
+        begun = await _begin(storage, a_turn(session))
+        assert [m.content for m in begun.history] == ["one", "two", "three", "reply"]
+
+    async def test_history_keeps_to_its_budget_and_leaves_out_whole_turns_oldest_first(
+        self, storage: Storage, session: Session
+    ) -> None:
+        for i in range(4):
+            await _complete(storage, session, f"q{i}" * 50, f"a{i}" * 50)
+        full = await _begin(storage, a_turn(session))
+        await storage.finish_turn(FinishTurn(full.turn_id, TurnStatus.FAILED))
+        two_turns = sum(m.cost_chars for m in full.history[4:])
+        for budget, expected in [
+            (two_turns, full.history[4:]),
+            (two_turns - 1, full.history[6:]),
+            (two_turns + 1, full.history[4:]),
+            (0, []),
+        ]:
+            begun = await _begin(storage, a_turn(session, history_chars=budget))
+            assert begun.history == expected, budget
+            assert begun.history_truncated is True
+            await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.FAILED))
+        enough = sum(m.cost_chars for m in full.history)
+        begun = await _begin(storage, a_turn(session, history_chars=enough))
+        assert (begun.history, begun.history_truncated) == (full.history, False)
+
+    async def test_a_budget_of_nothing_is_not_called_truncated_when_there_is_no_history(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session, history_chars=0))
+        assert begun.history_truncated is False
+
+    async def test_a_failed_turns_question_is_in_the_transcript_and_not_in_history(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session, "poison"))
+        await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.FAILED, error_code="x"))
+        begun = await _begin(storage, a_turn(session, "next"))
+        assert begun.history == []
+        assert await _transcript(storage, session) == [("user", "poison"), ("user", "next")]
+
+    @pytest.mark.parametrize("status", [TurnStatus.STOPPED, TurnStatus.INTERRUPTED])
+    async def test_a_turn_that_was_cut_short_is_in_history(
+        self, storage: Storage, session: Session, status: TurnStatus
+    ) -> None:
+        begun = await _begin(storage, a_turn(session, "long story"))
+        await storage.finish_turn(FinishTurn(begun.turn_id, status, reply="Once upon"))
+        begun = await _begin(storage, a_turn(session))
+        assert [m.content for m in begun.history] == ["long story", "Once upon"]
+
+    async def test_one_turn_runs_at_a_time_in_a_session(
+        self, storage: Storage, session: Session
+    ) -> None:
+        running = await _begin(storage, a_turn(session, "first"))
+        with pytest.raises(TurnInProgress) as caught:
+            await storage.begin_turn(a_turn(session, "second"))
+        assert caught.value.turn_id == running.turn_id
+        assert await _transcript(storage, session) == [("user", "first")]
+        other = Session(new_id(), session.chatbot_id)
+        await storage.create_session(other)
+        await _begin(storage, a_turn(other, "elsewhere"))
+
+    async def test_of_many_turns_at_once_one_runs(self, storage: Storage, session: Session) -> None:
+        outcomes = await asyncio.gather(
+            *(storage.begin_turn(a_turn(session, f"{i}")) for i in range(20)),
+            return_exceptions=True,
+        )
+        assert sum(isinstance(o, BegunTurn) for o in outcomes) == 1
+        assert sum(isinstance(o, TurnInProgress) for o in outcomes) == 19
+        assert len(await _transcript(storage, session)) == 1
+
+    async def test_one_turns_failure_to_begin_does_not_touch_those_beside_it(
+        self, storage: Storage, session: Session
+    ) -> None:
+        sessions = [Session(new_id(), session.chatbot_id) for _ in range(10)]
+        for each in sessions:
+            await storage.create_session(each)
+        unknown = Session(new_id(), session.chatbot_id)
+        mixed = [s for each in sessions for s in (each, unknown)]
+        outcomes = await asyncio.gather(
+            *(storage.begin_turn(a_turn(s)) for s in mixed), return_exceptions=True
+        )
+        assert [isinstance(o, BegunTurn) for o in outcomes[::2]] == [True] * 10
+        assert [isinstance(o, NotFound) for o in outcomes[1::2]] == [True] * 10
+        for each in sessions:
+            assert len(await _transcript(storage, each)) == 1
+
+    async def test_beginning_the_same_turn_again_stores_nothing_twice(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _complete(storage, session, "q", "a")
+        request = a_turn(session, "Hi")
+        first = await storage.begin_turn(request)
+        assert await storage.begin_turn(request) == first
+        assert len(await _transcript(storage, session)) == 3
+
+    # Leases
+
+    async def test_a_turn_whose_lease_ran_out_gives_way(
+        self, storage: Storage, session: Session
+    ) -> None:
+        lost = await _begin(storage, a_turn(session, "lost", lease_seconds=SHORT_LEASE))
+        await asyncio.sleep(AFTER_SHORT_LEASE)
+        begun = await _begin(storage, a_turn(session, "next"))
+        assert [m.content for m in begun.history] == ["lost"]
+        record = await storage.get_turn(lost.turn_id, session.chatbot_id)
+        assert record is not None
+        assert (record.status, record.error_code) == (TurnStatus.INTERRUPTED, "process_lost")
+
+    async def test_a_renewed_turn_keeps_running(self, storage: Storage, session: Session) -> None:
+        begun = await _begin(storage, a_turn(session, lease_seconds=SHORT_LEASE))
+        await storage.renew_turns([begun.turn_id, new_id()], 60)
+        await asyncio.sleep(AFTER_SHORT_LEASE)
+        await storage.sweep()
+        with pytest.raises(TurnInProgress):
+            await storage.begin_turn(a_turn(session))
+
+    async def test_a_turn_that_ended_cannot_be_renewed(
+        self, storage: Storage, session: Session
+    ) -> None:
+        turn = await _complete(storage, session, "q", "a")
+        await storage.renew_turns([turn], 60)
+        await storage.renew_turns([], 60)
+        record = await storage.get_turn(turn, session.chatbot_id)
+        assert record is not None
+        assert record.status is TurnStatus.COMPLETED
+
+    async def test_a_sweep_ends_turns_whose_lease_ran_out_and_no_others(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await storage.sweep()
+        alive = Session(new_id(), session.chatbot_id)
+        await storage.create_session(alive)
+        lost = await _begin(storage, a_turn(session, lease_seconds=SHORT_LEASE))
+        kept = await _begin(storage, a_turn(alive))
+        await asyncio.sleep(AFTER_SHORT_LEASE)
+        assert await storage.sweep() == 1
+        assert await storage.sweep() == 0
+        for turn, status in [
+            (lost, TurnStatus.INTERRUPTED),
+            (kept, TurnStatus.RUNNING),
+        ]:
+            record = await storage.get_turn(turn.turn_id, session.chatbot_id)
+            assert record is not None
+            assert record.status is status
+
+    # Idempotency
+
+    async def test_a_key_that_runs_leads_to_the_running_turn(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, _keyed(session))
+        again = await storage.begin_turn(_keyed(session))
+        assert isinstance(again, ExistingTurn)
+        assert (again.turn.id, again.turn.status) == (begun.turn_id, TurnStatus.RUNNING)
+        assert len(await _transcript(storage, session)) == 1
+
+    async def test_a_key_that_ended_leads_to_its_result(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, _keyed(session))
+        await storage.finish_turn(
+            FinishTurn(begun.turn_id, TurnStatus.COMPLETED, "Hi!", "m", usage=Usage(3, 4))
+        )
+        again = await storage.begin_turn(_keyed(session))
+        assert isinstance(again, ExistingTurn)
+        assert (again.turn.reply, again.turn.model) == ("Hi!", "m")
+        assert again.turn.usage == Usage(3, 4)
+        assert len(await _transcript(storage, session)) == 2
+
+    async def test_a_key_with_another_body_is_refused(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _begin(storage, _keyed(session))
+        with pytest.raises(IdempotencyKeyReused):
+            await storage.begin_turn(_keyed(session, request_hash=b"other"))
+
+    async def test_a_key_counts_within_its_session(
+        self, storage: Storage, session: Session
+    ) -> None:
+        other = Session(new_id(), session.chatbot_id)
+        await storage.create_session(other)
+        first = await _begin(storage, _keyed(session))
+        second = await _begin(storage, _keyed(other))
+        assert first.turn_id != second.turn_id
+
+    async def test_a_remembered_failure_is_replayed(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, _keyed(session))
+        await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.FAILED, error_code="x"))
+        again = await storage.begin_turn(_keyed(session))
+        assert isinstance(again, ExistingTurn)
+        assert (again.turn.status, again.turn.error_code) == (TurnStatus.FAILED, "x")
+
+    async def test_a_turn_that_reached_no_model_runs_again_with_its_messages_stored_once(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _complete(storage, session, "q", "a")
+        begun = await _begin(storage, _keyed(session))
+        await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.FAILED, rerunnable=True))
+        again = await _begin(storage, _keyed(session))
+        assert again.turn_id == begun.turn_id
+        assert [m.content for m in again.history] == ["q", "a"]
+        assert await storage.finish_turn(FinishTurn(again.turn_id, TurnStatus.COMPLETED, "Hi!"))
+        assert await _transcript(storage, session) == [
+            ("user", "q"),
+            ("assistant", "a"),
+            ("user", "Hello"),
+            ("assistant", "Hi!"),
+        ]
+
+    async def test_a_turn_lost_with_its_process_runs_again_by_its_key(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, _keyed(session, lease_seconds=SHORT_LEASE))
+        await asyncio.sleep(AFTER_SHORT_LEASE)
+        again = await _begin(storage, _keyed(session))
+        assert again.turn_id == begun.turn_id
+        assert await _transcript(storage, session) == [("user", "Hello")]
+        with pytest.raises(TurnInProgress):
+            await storage.begin_turn(a_turn(session))
+
+    async def test_part_of_a_reply_is_replayed_not_run_again(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, _keyed(session))
+        await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.INTERRUPTED, "Once"))
+        again = await storage.begin_turn(_keyed(session))
+        assert isinstance(again, ExistingTurn)
+        assert again.turn.reply == "Once"
+
+    async def test_a_turn_that_others_followed_is_not_run_again(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, _keyed(session))
+        await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.FAILED, rerunnable=True))
+        await _complete(storage, session, "q", "a")
+        again = await _begin(storage, _keyed(session))
+        assert again.turn_id != begun.turn_id
+        assert [m.content for m in again.history] == ["q", "a"]
+
+    async def test_a_key_whose_turn_reached_no_model_takes_another_body(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, _keyed(session))
+        await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.FAILED, rerunnable=True))
+        again = await _begin(storage, _keyed(session, request_hash=b"other"))
+        assert again.turn_id != begun.turn_id
+
+    # Ending a turn
+
+    async def test_a_finished_turn_is_read_back_as_it_ended(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session, label="custom_code"))
+        attempts = [{"provider": "p", "model": "m", "error": None, "ms": 12}]
+        stored = await storage.finish_turn(
+            FinishTurn(
+                begun.turn_id,
+                TurnStatus.COMPLETED,
+                reply="Hi! 👋",
+                model="m-2",
+                provider="p",
+                finish_reason="stop",
+                usage=Usage(10, 20, 5, 3, 0.00012),
+                attempts=attempts,
+            )
+        )
+        assert stored is True
+        record = await storage.get_turn(begun.turn_id, session.chatbot_id)
+        assert record is not None
+        assert (record.session_id, record.chatbot_id) == (session.id, session.chatbot_id)
+        assert (record.status, record.label) == (TurnStatus.COMPLETED, "custom_code")
+        assert (record.reply, record.model, record.provider) == ("Hi! 👋", "m-2", "p")
+        assert (record.finish_reason, record.error_code) == ("stop", None)
+        assert record.usage == Usage(10, 20, 5, 3, 0.00012)
+        assert list(record.attempts) == attempts
+        assert record.started_at is not None
+        assert record.finished_at is not None
+        assert record.started_at <= record.finished_at
+
+    async def test_unknown_usage_stays_unknown(self, storage: Storage, session: Session) -> None:
+        turn = await _complete(storage, session, "q", "a")
+        record = await storage.get_turn(turn, session.chatbot_id)
+        assert record is not None
+        assert record.usage == Usage()
+
+    @pytest.mark.parametrize(
+        "status", [TurnStatus.COMPLETED, TurnStatus.STOPPED, TurnStatus.INTERRUPTED]
+    )
+    async def test_finishing_again_changes_nothing(
+        self, storage: Storage, session: Session, status: TurnStatus
+    ) -> None:
+        begun = await _begin(storage, a_turn(session, "q"))
+        finish = FinishTurn(begun.turn_id, status, reply="a")
+        assert await storage.finish_turn(finish) is True
+        assert await storage.finish_turn(finish) is True
+        assert await _transcript(storage, session) == [("user", "q"), ("assistant", "a")]
+
+    async def test_a_turn_without_a_reply_stores_no_message(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session, "q"))
+        assert await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.FAILED, reply=""))
+        assert await _transcript(storage, session) == [("user", "q")]
+
+    async def test_a_late_finish_counts_while_nothing_followed(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session, "q", lease_seconds=SHORT_LEASE))
+        await asyncio.sleep(AFTER_SHORT_LEASE)
+        await storage.sweep()
+        assert await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.COMPLETED, "a"))
+        record = await storage.get_turn(begun.turn_id, session.chatbot_id)
+        assert record is not None
+        assert (record.status, record.error_code) == (TurnStatus.COMPLETED, None)
+        assert await _transcript(storage, session) == [("user", "q"), ("assistant", "a")]
+
+    async def test_a_late_finish_after_a_newer_turn_is_not_stored(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session, "q", lease_seconds=SHORT_LEASE))
+        await asyncio.sleep(AFTER_SHORT_LEASE)
+        await _complete(storage, session, "newer", "reply")
+        late = FinishTurn(begun.turn_id, TurnStatus.COMPLETED, "late")
+        assert await storage.finish_turn(late) is False
+        assert [text for _, text in await _transcript(storage, session)] == ["q", "newer", "reply"]
+
+    async def test_finishing_a_turn_of_a_deleted_session_is_false(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session))
+        await storage.delete_session(session.id, session.chatbot_id)
+        finish = FinishTurn(begun.turn_id, TurnStatus.COMPLETED, "a")
+        assert await storage.finish_turn(finish) is False
+
+    async def test_a_rating_is_kept_and_can_be_taken_back(
+        self, storage: Storage, session: Session
+    ) -> None:
+        turn = await _complete(storage, session, "q", "a")
+        assert await storage.rate_turn(turn, session.id, "down", "Too long.") is True
+        record = await storage.get_turn(turn, session.chatbot_id)
+        assert record is not None
+        assert (record.rating, record.comment) == ("down", "Too long.")
+        assert await storage.rate_turn(turn, session.id, None, None) is True
+        record = await storage.get_turn(turn, session.chatbot_id)
+        assert record is not None
+        assert (record.rating, record.comment) == (None, None)
+
+    # What is kept
+
+    async def test_text_of_every_kind_comes_back_as_it_was(
+        self, storage: Storage, session: Session
+    ) -> None:
+        text = "naïve 漢字 🏳️‍🌈 \u202eRTL\u202c 'quotes\" \\ \x01\t\r\n%s ? :x $1"
+        await _complete(storage, session, text, text * 2)
+        assert await _transcript(storage, session) == [("user", text), ("assistant", text * 2)]
+
+    async def test_a_reply_of_a_megabyte_is_kept_whole(
+        self, storage: Storage, session: Session
+    ) -> None:
+        reply = "0123456789abcdef" * 65536
+        turn = await _complete(storage, session, "q", reply)
+        record = await storage.get_turn(turn, session.chatbot_id)
+        assert record is not None
+        assert record.reply == reply
+
+    async def test_what_is_stored_is_there_when_storage_is_opened_again(
+        self, storage: Storage, session: Session, open_storage: Opener
+    ) -> None:
+        await _complete(storage, session, "q", "a")
+        again = await open_storage()
+        try:
+            assert await _transcript(again, session) == [("user", "q"), ("assistant", "a")]
+            assert [c.id for c in await again.list_chatbots()] == [session.chatbot_id]
+        finally:
+            await again.close()
+
+    async def test_two_open_storages_see_one_running_turn(
+        self, storage: Storage, session: Session, open_storage: Opener
+    ) -> None:
+        other = await open_storage()
+        try:
+            outcomes = await asyncio.gather(
+                *(s.begin_turn(a_turn(session)) for s in [storage, other] * 10),
+                return_exceptions=True,
+            )
+            assert sum(isinstance(o, BegunTurn) for o in outcomes) == 1
+            assert sum(isinstance(o, TurnInProgress) for o in outcomes) == 19
+        finally:
+            await other.close()
+
+
+async def _opened(open_storage: Opener) -> Storage:
+    return await open_storage()
+
+
+async def _returns(work: Awaitable[object]) -> bool:
+    await work
+    return True
+
+
+async def _begin(storage: Storage, request: BeginTurn) -> BegunTurn:
+    """Begins a turn that is expected to run."""
+    begun = await storage.begin_turn(request)
+    assert isinstance(begun, BegunTurn), begun
+    return begun
+
+
+def _keyed(session: Session, **more: Any) -> BeginTurn:
+    """A turn with an idempotency key, each time with a new id, as a client's retry is."""
+    return a_turn(session, **{"idempotency_key": "key-1", "request_hash": b"body", **more})
+
+
+async def _complete(
+    storage: Storage, session: Session, said: str, reply: str, *more_said: str
+) -> str:
+    """A whole turn; returns its id."""
+    begun = await _begin(storage, a_turn(session, said, *more_said))
+    assert await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.COMPLETED, reply))
+    return begun.turn_id
+
+
+async def _transcript(storage: Storage, session: Session) -> Sequence[tuple[str, str]]:
+    page = await storage.list_messages(session.id, session.chatbot_id, limit=1000)
+    return [(message.role, message.content) for message in page.data]

@@ -1,0 +1,226 @@
+"""SQLite: the contract, and what only a file can have."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+import struct
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+from chatd_plugins.sqlite import SQLiteStorage, open_sqlite
+from tornado.ioloop import IOLoop
+
+from chatd.domain import Session, TurnStatus, new_id
+from chatd.errors import PluginError, StorageUnavailable
+from chatd.storage import FinishTurn, Storage
+from chatd.testing.storage import StorageConformance, a_chatbot, a_turn
+
+
+class TestSQLite(StorageConformance):
+    @pytest.fixture
+    def open_storage(self, tmp_path: Path) -> Callable[[], Awaitable[Storage]]:
+        async def open() -> Storage:
+            return await open_sqlite({"path": str(tmp_path / "chatd.db")})
+
+        return open
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "chatd.db"
+
+
+@pytest.fixture
+def storage(io_loop: IOLoop, path: Path) -> Iterator[SQLiteStorage]:
+    storage = io_loop.run_sync(lambda: open_sqlite({"path": str(path), "busy_timeout": 0.1}))
+    yield storage
+    io_loop.run_sync(storage.close)
+
+
+async def _session(storage: Storage, **more: Any) -> Session:
+    chatbot = a_chatbot()
+    await storage.add_chatbot(chatbot)
+    session = Session(new_id(), chatbot.id, **more)
+    await storage.create_session(session)
+    return session
+
+
+def _commits(wal: Path) -> int:
+    """How many transactions a write-ahead log holds (https://sqlite.org/fileformat2.html#walformat)."""
+    data = wal.read_bytes()
+    (page_size,) = struct.unpack(">I", data[8:12])
+    salts = data[16:24]
+    frames = range(32, len(data), 24 + page_size)
+    headers = [data[at : at + 24] for at in frames]
+    return sum(h[8:16] == salts and h[4:8] != b"\0\0\0\0" for h in headers)
+
+
+def test_the_sqlite_that_is_used_has_no_wal_reset_bug() -> None:
+    # Fixed in 3.51.3 (https://sqlite.org/wal.html#walresetbug).
+    assert apsw.sqlite_lib_version() >= "3.51.3"
+    assert tuple(map(int, apsw.sqlite_lib_version().split("."))) >= (3, 51, 3)
+
+
+async def test_turns_that_wait_at_the_same_moment_share_a_commit(
+    storage: SQLiteStorage, path: Path
+) -> None:
+    sessions = [await _session(storage) for _ in range(50)]
+    wal = Path(f"{path}-wal")
+    before = _commits(wal)
+    await storage.begin_turn(a_turn(await _session(storage)))
+    alone = _commits(wal) - before
+    assert alone == 3  # a chatbot, a session, a turn: none waited for another
+    before = _commits(wal)
+    await asyncio.gather(*(storage.begin_turn(a_turn(session)) for session in sessions))
+    assert 1 <= _commits(wal) - before <= 5
+
+
+@pytest.mark.parametrize(("setting", "level"), [(None, 2), ("full", 2), ("normal", 1), ("off", 0)])
+async def test_the_synchronous_setting_is_full_unless_told_otherwise(
+    path: Path, setting: str | None, level: int
+) -> None:
+    settings = {} if setting is None else {"synchronous": setting}
+    storage = await open_sqlite({"path": str(path), **settings})
+    try:
+        connection = storage._connect()
+        assert connection.pragma("synchronous") == level
+        assert connection.pragma("journal_mode") == "wal"
+        assert connection.pragma("foreign_keys") == 1
+        connection.close()
+    finally:
+        await storage.close()
+
+
+async def test_a_database_locked_by_another_process_is_unavailable_until_it_is_free(
+    storage: SQLiteStorage, path: Path
+) -> None:
+    session = await _session(storage)
+    other = apsw.Connection(str(path))
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageUnavailable, match="locked by another process"):
+        await storage.begin_turn(a_turn(session))
+    assert await storage.get_session(session.id) is not None
+    other.execute("ROLLBACK")
+    other.close()
+    await storage.begin_turn(a_turn(session))
+    page = await storage.list_messages(session.id, session.chatbot_id, limit=10)
+    assert len(page.data) == 1
+
+
+async def test_on_a_full_disk_nothing_is_half_written_and_reads_go_on(
+    storage: SQLiteStorage, path: Path
+) -> None:
+    session = await _session(storage)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    begun = 0
+    try:
+        limit = Path(f"{path}-wal").stat().st_size + 300_000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(StorageUnavailable, match="sqlite: .*chatd.db"):
+            for _ in range(100):
+                request = a_turn(session, "x" * 10_000, "y" * 10_000)
+                await storage.begin_turn(request)
+                await storage.finish_turn(FinishTurn(request.turn_id, TurnStatus.FAILED))
+                begun += 1
+        assert begun > 0
+        page = await storage.list_messages(session.id, session.chatbot_id, limit=1000)
+        assert len(page.data) in (2 * begun, 2 * begun + 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    await storage.sweep()
+    await storage.check()
+    assert await storage.create_session(Session(new_id(), session.chatbot_id)) is None
+    assert apsw.Connection(str(path)).pragma("integrity_check") == "ok"
+
+
+async def test_a_file_that_may_not_be_written_is_said_to_be_read_only() -> None:
+    # Root may write anything, so the test becomes nobody for a while.
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "chatd.db"
+    await (await open_sqlite({"path": str(path)})).close()
+    folder.chmod(0o555)
+    path.chmod(0o444)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        with pytest.raises(PluginError, match="read-only|cannot be opened"):
+            await open_sqlite({"path": str(path)})
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+async def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
+    text = b"these are my notes, not a database\n" * 100
+    path.write_bytes(text)
+    with pytest.raises(PluginError, match="is not a SQLite database"):
+        await open_sqlite({"path": str(path)})
+    assert path.read_bytes() == text
+
+
+async def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match=r"nowhere/chatd\.db cannot be opened"):
+        await open_sqlite({"path": str(tmp_path / "nowhere" / "chatd.db")})
+
+
+async def test_a_database_of_a_newer_chatd_is_refused(path: Path) -> None:
+    await (await open_sqlite({"path": str(path)})).close()
+    connection = apsw.Connection(str(path))
+    connection.execute("INSERT INTO chatd_schema VALUES (999)")
+    connection.close()
+    with pytest.raises(PluginError, match="written by a newer chatd"):
+        await open_sqlite({"path": str(path)})
+
+
+async def test_a_server_that_starts_alone_ends_the_turns_of_its_predecessor_at_once(
+    path: Path,
+) -> None:
+    first = await open_sqlite({"path": str(path)})
+    await first.sweep()
+    session = await _session(first)
+    lost = a_turn(session, lease_seconds=3600)
+    await first.begin_turn(lost)
+    second = await open_sqlite({"path": str(path)})
+    assert await second.sweep() == 0, "the first server still holds the file"
+    await first.close()
+    await second.close()
+    third = await open_sqlite({"path": str(path)})
+    assert await third.sweep() == 1
+    record = await third.get_turn(lost.turn_id, session.chatbot_id)
+    assert record is not None
+    assert record.status is TurnStatus.INTERRUPTED
+    await third.close()
+
+
+async def test_a_closed_storage_says_so(path: Path) -> None:
+    storage = await open_sqlite({"path": str(path)})
+    await storage.close()
+    with pytest.raises(StorageUnavailable, match="closed"):
+        await storage.get_chatbot(new_id())
+    await storage.close()
+
+
+async def test_history_of_a_long_session_is_read_only_as_far_as_the_budget_goes(
+    storage: SQLiteStorage, path: Path
+) -> None:
+    session = await _session(storage)
+    writer = apsw.Connection(str(path))
+    with writer:
+        writer.executemany(
+            "INSERT INTO conversations (session_id, role, content) VALUES (?, ?, ?)",
+            ((session.id, "user", f"message {i}") for i in range(10_000)),
+        )
+    writer.close()
+    begun = await storage.begin_turn(a_turn(session, history_chars=2800))
+    assert [m.content for m in begun.history][-1] == "message 9999"  # type: ignore[union-attr]
+    assert len(begun.history) == 100  # type: ignore[union-attr]
