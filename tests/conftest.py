@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -11,22 +11,28 @@ from tornado.ioloop import IOLoop
 
 from tests.support import ECHO_CONFIG, Served, open_served
 
+Serve = Callable[[str], Awaitable[Served]]
+
 
 @pytest.fixture
-def serve(io_loop: IOLoop, tmp_path: Path) -> Iterator[Callable[[str], Served]]:
-    """Serves a configuration's text, in which `%(db)s` stands for a new database."""
+def serve(io_loop: IOLoop, tmp_path: Path) -> Iterator[Serve]:
+    """`await serve(text)` serves a configuration, in which `%(db)s` stands for a new database."""
     stack = AsyncExitStack()
 
-    def start(text: str) -> Served:
+    async def start(text: str) -> Served:
         path = tmp_path / "chatd.yaml"
         path.write_text(text.replace("%(db)s", str(tmp_path / "chatd.db")))
-        return io_loop.run_sync(lambda: open_served(path, stack), timeout=30)
+        return await open_served(path, stack)
 
     yield start
     io_loop.run_sync(stack.aclose, timeout=30)
 
 
 @pytest.fixture
-def served(serve: Callable[[str], Served]) -> Served:
+def served(io_loop: IOLoop, serve: Serve) -> Served:
     """A server that echoes, with one allowed origin, https://site.example."""
-    return serve(ECHO_CONFIG)
+
+    async def start() -> Served:
+        return await serve(ECHO_CONFIG)
+
+    return io_loop.run_sync(start, timeout=30)
