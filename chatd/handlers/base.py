@@ -11,7 +11,6 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 import orjson
-from tornado.ioloop import IOLoop
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
@@ -42,8 +41,9 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 """How many headers a request may have, counted by name."""
 
-LINGER_SECONDS = 1.0
-"""How long a body that was refused is still read and dropped, so that its sender can read why."""
+DRAIN_BYTES = 8 * 1024 * 1024
+"""How much of a body over the limit is read and dropped before the connection is closed: a client
+that is still sending when it is closed often cannot read the answer."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _CONTENT_TYPE = re.compile(
@@ -116,6 +116,7 @@ class ApiHandler(RequestHandler):
         self.arguments = arguments
         self._chunks: list[bytes] = []
         self._received = 0
+        self._early = True
         self._cors = False
         given = self.request.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -145,29 +146,28 @@ class ApiHandler(RequestHandler):
         if sum(map(len, headers.values())) > MAX_HEADER_BYTES:
             raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
         length = headers.get("Content-Length", "")
-        if length.isdigit() and int(length) > self.services.config.max_body_bytes:
+        most = self.services.config.max_body_bytes
+        # Who asks first whether to send a body, or sends a huge one, is told before it is read.
+        if length.isdigit() and int(length) > most + ("Expect" not in headers) * DRAIN_BYTES:
             raise self._too_large()
+        self._early = False
 
     def _too_large(self) -> BodyTooLarge:
-        self._close_soon()
-        return BodyTooLarge(
-            f"The body is too large: at most {self.services.config.max_body_bytes} bytes are taken."
-        )
-
-    def _close_soon(self) -> None:
-        self.set_header("Connection", "close")
-        stream = getattr(self.request.connection, "stream", None)
-        if stream is not None:
-            IOLoop.current().call_later(LINGER_SECONDS, stream.close)
+        most = self.services.config.max_body_bytes
+        return BodyTooLarge(f"The body is too large: at most {most} bytes are taken.")
 
     def data_received(self, chunk: bytes) -> None:
         self._received += len(chunk)
         if self._received <= self.services.config.max_body_bytes:
             self._chunks.append(chunk)
-        elif not self._finished:
-            self._chunks.clear()
+            return
+        self._chunks.clear()
+        if (
+            self._received > self.services.config.max_body_bytes + DRAIN_BYTES
+            and not self._finished
+        ):
+            self._early = True
             self._fail(self._too_large())
-            self._close_soon()
 
     # Reading
 
@@ -176,6 +176,8 @@ class ApiHandler(RequestHandler):
         assert self.route is not None
         wanted = self.route.operations[str(self.request.method)].request
         assert wanted is not None
+        if self._received > self.services.config.max_body_bytes:
+            raise self._too_large()
         content_type = self.request.headers.get("Content-Type", "application/json")
         if not _CONTENT_TYPE.fullmatch(content_type.strip()):
             raise UnsupportedMediaType
@@ -259,7 +261,8 @@ class ApiHandler(RequestHandler):
             self.set_header("Allow", self._allow())
         if problem.status == HTTPStatus.UNAUTHORIZED:
             self.set_header("WWW-Authenticate", 'Bearer realm="chatd"')
-        if problem.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        if self._early:
+            # Tornado closes a connection whose request it has not read to the end.
             self.set_header("Connection", "close")
         if seconds := retry_after(error):
             self.set_header("Retry-After", seconds)
@@ -318,6 +321,7 @@ def _quality(parameters: list[str]) -> float:
 class UnknownPathHandler(ApiHandler):
     """Answers every path that is not there."""
 
-    async def prepare(self) -> None:
-        await super().prepare()
+    def _not_found(self) -> None:
         raise NotFound("There is nothing at this path. The endpoints are described at /docs.")
+
+    get = post = put = patch = delete = options = head = _not_found  # type: ignore[assignment]
