@@ -109,6 +109,7 @@ class ConfigFile:
         self.path = path
         self._lines: dict[Path, int] = {}
         self._faults: list[tuple[int, str]] = []
+        self._unresolved: set[Path] = set()
         self._env = env
         self.values: Any = self._parse(text)
         self._core_faults()
@@ -213,6 +214,7 @@ class ConfigFile:
             try:
                 return FilePath(name).read_text(encoding="utf-8").rstrip("\r\n")
             except (OSError, UnicodeDecodeError) as error:
+                self._unresolved.add(path)
                 reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
                 self._faults.append((line, f"{_dotted(path)}: {name} cannot be read: {reason}"))
                 return ""
@@ -223,6 +225,7 @@ class ConfigFile:
         if how == ":-":
             return value or text
         if name not in self._env:
+            self._unresolved.add(path)
             self._faults.append(
                 (
                     line,
@@ -246,6 +249,8 @@ class ConfigFile:
         return self._lines.get(path, 1)
 
     def _add(self, faults: list[tuple[int, str]], path: Path, text: str) -> None:
+        if path in self._unresolved:
+            return  # told already, and nothing is known of the value
         colon = "" if text.startswith("is required") else ":"
         faults.append((self._line(path), f"{_dotted(path)}{colon} {text}"))
 

@@ -142,7 +142,10 @@ class Registry:
 
     def _register(self, name: str, source: str, module: ModuleType) -> None:
         _check_hooks(name, module)
-        self._manager.register(module, name=name)
+        try:
+            self._manager.register(module, name=name)
+        except pluggy.PluginValidationError as error:
+            raise PluginError(_failed(name, f"has a hook that does not fit: {error}")) from error
         callers = self._manager.get_hookcallers(module) or []
         self.plugins.append(Loaded(name, source, tuple(sorted(c.name for c in callers))))
         self._call(

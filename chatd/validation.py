@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MAX_DEPTH = 32
 """How deep arrays and objects may be nested; deeper is nobody's chat and costs recursion."""
 
+MAX_INT_CHARS = 20
+"""The characters of the longest 64-bit integers, -2^63 and 2^64 - 1."""
+
 Path = tuple[str | int, ...]
 
 
@@ -36,8 +39,8 @@ def parse_json(body: bytes) -> Any:
     """The value of a JSON document that has one meaning.
 
     Raises `MalformedRequest` for what parsers read differently or cannot store: bytes that are
-    not UTF-8, lone surrogates, NaN and numbers out of range, duplicate names, U+0000, nesting
-    deeper than `MAX_DEPTH`.
+    not UTF-8, lone surrogates, NaN, integers of more than 64 bits and other numbers out of
+    range, duplicate names, U+0000, nesting deeper than `MAX_DEPTH`.
     """
     if not body:
         raise MalformedRequest("The body is empty; a JSON object is expected.")
@@ -49,7 +52,7 @@ def parse_json(body: bytes) -> Any:
         raise MalformedRequest(f"The body is nested more than {MAX_DEPTH} levels deep.")
     if b"\\u0000" in body and _has_nul(value):
         raise MalformedRequest("The body holds the character U+0000, which cannot be stored.")
-    json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=str, parse_float=str)
+    json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=_refuse_huge, parse_float=str)
     return value
 
 
@@ -66,6 +69,12 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
         names = [name for name, _ in pairs]
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise MalformedRequest(f"The name {json.dumps(twice[:64])} stands twice in one object.")
+
+
+def _refuse_huge(digits: str) -> None:
+    # 64 bits, signed or not: what a larger one becomes depends on who reads it.
+    if len(digits) > MAX_INT_CHARS or not -(2**63) <= int(digits) < 2**64:
+        raise MalformedRequest("The body holds a whole number of more than 64 bits.")
 
 
 def _children(value: Any) -> Iterable[Any]:

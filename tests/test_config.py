@@ -1,0 +1,176 @@
+"""The configuration: what is written, what it means, and every fault told with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chatd.app import load
+from chatd.config import Ask, Config, ConfigFile
+from chatd.errors import ConfigError
+from chatd.provider import Timeouts
+from chatd.registry import load_registry
+from tests.support import chatd_command
+
+ROOT = Path(__file__).parent.parent
+GOOD = """\
+storage: {use: sqlite}
+providers:
+  main: {use: echo}
+models:
+  - match: "*"
+    ask: [main]
+"""
+
+
+def check(text: str, env: dict[str, str] | None = None) -> Config:
+    registry = load_registry()
+    return ConfigFile("c.yaml", text, env or {}).check(
+        {
+            "storage": {o.name: o.schema for o in registry.storages.values()},
+            "provider": {o.name: o.schema for o in registry.providers.values()},
+            "interceptor": {o.name: o.schema for o in registry.interceptors.values()},
+        }
+    )
+
+
+def faults(text: str, env: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(text, env)
+    return list(caught.value.faults)
+
+
+def test_a_small_configuration_has_sensible_defaults() -> None:
+    config = check(GOOD)
+    assert (config.server.host, config.server.port) == ("localhost", 8000)
+    assert config.server.allowed_origins == ()
+    assert config.providers["main"].timeouts == Timeouts()
+    assert config.first_chatbot is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_configuration_that_is_shipped_is_good(path: Path, tmp_path: Path) -> None:
+    assert chatd_command("check", "--config", str(path), cwd=tmp_path).returncode == 0
+
+
+def test_environment_variables_are_filled_in_and_keep_their_types() -> None:
+    text = GOOD + "server: {port: '${PORT}'}\n"
+    assert faults(text, {"PORT": "9"}) == ["c.yaml:7: server.port: must be a whole number"]
+    text = GOOD + "server:\n  port: ${PORT:-8000}\n  host: ${HOST:-0.0.0.0}\n"
+    assert check(text, {"PORT": "9"}).server.port == 9
+    assert check(text, {"PORT": ""}).server.port == 8000
+    assert check(text).server.host == "0.0.0.0"
+
+
+def test_an_unset_variable_is_an_error_that_says_what_to_do() -> None:
+    (fault,) = faults(GOOD.replace("sqlite", "sqlite, path: '${DB_PATH}'"))
+    assert fault == (
+        "c.yaml:1: storage.path: the environment variable DB_PATH is not set: set it, or write a "
+        "default, ${DB_PATH:-default}"
+    )
+
+
+def test_a_provider_is_enabled_by_a_variable() -> None:
+    text = GOOD.replace(
+        "providers:\n",
+        "providers:\n  paid:\n    use: openrouter\n    enabled: ${KEY:+true}\n"
+        "    api_key: '${KEY:-}'\n",
+    )
+    assert set(check(text).providers) == {"main"}
+    assert set(check(text, {"KEY": "sk-1"}).providers) == {"main", "paid"}
+
+
+def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("sk-from-file\n")
+    text = GOOD.replace("{use: echo}", f"{{use: openrouter, api_key: '${{file:{secret}}}'}}")
+    assert check(text).providers["main"].use.settings["api_key"] == "sk-from-file"
+    secret.unlink()
+    (fault,) = faults(text)
+    assert fault.startswith("c.yaml:3: providers.main.api_key:")
+    assert "cannot be read: No such file" in fault
+
+
+def test_every_fault_is_told_at_once_with_its_line() -> None:
+    text = """\
+server:
+  prot: 8000
+  port: high
+storage:
+  use: sqlit
+providers:
+  main:
+    use: openai_compatible
+    timout: 5
+  other: {use: echo, word_seconds: -1}
+models:
+  - match: "*"
+    ask: [mian, {provider: other, modle: x}]
+  - ask: []
+colour: red
+"""
+    assert faults(text) == [
+        'c.yaml:2: server.prot: unknown key, did you mean "port"?',
+        "c.yaml:3: server.port: must be a whole number",
+        'c.yaml:5: storage.use: no plugin offers the storage "sqlit", did you mean "sqlite"?',
+        "c.yaml:7: providers.main.base_url is required",
+        "c.yaml:9: providers.main.timout: unknown key",
+        "c.yaml:10: providers.other.word_seconds: must be at least 0",
+        'c.yaml:13: models[0].ask[0]: there is no provider "mian", did you mean "main"?',
+        'c.yaml:13: models[0].ask[1].modle: unknown key, did you mean "model"?',
+        "c.yaml:14: models[1].ask: must not be empty",
+        "c.yaml:14: models[1].match is required",
+        "c.yaml:15: colour: unknown key",
+    ]
+
+
+def test_a_key_that_stands_twice_is_refused() -> None:
+    text = GOOD + "storage:\n  use: sqlite\n"
+    assert faults(text) == ["c.yaml:7: storage: stands twice, first on line 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "c.yaml:1: the file is empty"),
+        ("- a\n- b\n", "c.yaml:1: the file: must be an object"),
+        ("a: [1,\nb: 2\n", "c.yaml:3: not valid YAML"),
+        ("a: {b: ${C}}\n", 'a "${NAME}" inside braces needs quotes'),
+        ("a: !!python/object/apply:os.system [echo]\n", "c.yaml:1: a: unknown key"),
+        (GOOD + "server: &s\n  <<: {port: 1}\n", "merge keys (<<) are not supported"),
+    ],
+)
+def test_what_is_not_a_configuration_is_told_apart(text: str, told: str) -> None:
+    assert any(told in fault for fault in faults(text)), faults(text)
+
+
+def test_no_secret_is_ever_in_a_fault() -> None:
+    secret = "sk-canary-1234567890"
+    text = (
+        GOOD.replace("{use: echo}", "{use: openrouter, api_key: ['${KEY}'], app_url: '${KEY}é'}")
+        + "server: {port: '${KEY}', host: ['${KEY}'], allowed_origins: ['${KEY}']}\n"
+        + "log_level: ${KEY}\n"
+    )
+    found = faults(text, {"KEY": secret})
+    assert len(found) >= 5
+    assert secret not in "\n".join(found)
+
+
+def test_a_secret_is_not_in_the_repr_of_a_configuration() -> None:
+    text = GOOD.replace("{use: echo}", "{use: openrouter, api_key: sk-canary}")
+    assert "sk-canary" not in repr(check(text))
+
+
+def test_models_may_name_providers_with_their_own_model() -> None:
+    text = GOOD.replace("[main]", "[main, {provider: main, model: llama3.2}]")
+    (rule,) = check(text).models
+    assert rule.ask == (Ask("main"), Ask("main", "llama3.2"))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load(tmp_path / "nothing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
+        load(tmp_path / "latin.yaml")

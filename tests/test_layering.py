@@ -1,0 +1,92 @@
+"""The floors of the house: each module imports only from floors below its own."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = [
+    {"domain", "errors", "sse", "logs"},
+    {"validation", "schemas"},
+    {"storage", "provider"},
+    {"interceptor"},
+    {"hookspecs"},
+    {"config", "registry"},
+    {"routing", "limits", "access"},
+    {"turns"},
+    {"handlers"},
+    {"openapi"},
+    {"app"},
+    {"server"},
+    {"cli", "testing"},
+    {"__main__"},
+]
+"""From the ground up. A module may import from every floor below, and not from its own."""
+
+LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
+DOMAIN = {"domain", "errors", "storage", "provider", "interceptor", "routing", "turns", "access"}
+
+
+def imports(path: Path) -> set[str]:
+    """The absolute module names that a file imports, when it runs."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def modules() -> dict[str, list[Path]]:
+    """The files of each top-level module or package of chatd."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / "chatd").rglob("*.py")):
+        parts = path.relative_to(ROOT / "chatd").with_suffix("").parts
+        if parts != ("__init__",):
+            found.setdefault(parts[0], []).append(path)
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(modules()) <= set(LEVEL)
+
+
+def test_modules_import_only_from_floors_below() -> None:
+    wrong = []
+    for name, paths in modules().items():
+        for path in paths:
+            for imported in imports(path):
+                first, _, rest = imported.partition(".")
+                other = rest.partition(".")[0]
+                inside = first == "chatd" and other in LEVEL and other != name
+                if inside and LEVEL[other] >= LEVEL[name]:
+                    wrong.append(f"{path.name}: {imported}")
+    assert wrong == []
+
+
+def test_the_domain_knows_no_http() -> None:
+    for name in DOMAIN:
+        for path in modules()[name]:
+            known = {imported.partition(".")[0] for imported in imports(path)}
+            assert not known & {"tornado", "aiohttp", "http"}, path
+
+
+def test_nothing_in_chatd_names_a_plugin() -> None:
+    plugins = {path.stem for path in (ROOT / "plugins").glob("*.py")} - {"__init__"}
+    for paths in modules().values():
+        for path in paths:
+            for imported in imports(path):
+                assert not imported.startswith("chatd_plugins"), path
+                assert imported.partition(".")[0] not in {"apsw", "postgrest", "asyncpg"}, path
+    assert {"sqlite", "echo", "openrouter", "openai_compatible"} <= plugins
