@@ -163,14 +163,19 @@ class ServerProcess:
         """SIGTERM, and the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(timeout=40)
-        self._reader.join(timeout=5)
-        return code
+        return self._ended(40)
 
     def kill(self) -> None:
         """SIGKILL: nothing is finished."""
         self.process.kill()
-        self.process.wait(timeout=10)
+        self._ended(10)
+
+    def _ended(self, timeout: float) -> int:
+        code = self.process.wait(timeout)
+        self._reader.join(timeout=5)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+        return code
 
 
 @contextmanager
@@ -182,8 +187,7 @@ def server_process(
     try:
         yield server
     finally:
-        if server.process.poll() is None:
-            server.kill()
+        server.kill()
 
 
 def clean_env() -> dict[str, str]:
