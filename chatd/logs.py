@@ -65,6 +65,8 @@ def set_up(level: str) -> None:
     root.setLevel(level.upper())
     # One line a request is chatd's own; Tornado's would be a second.
     logging.getLogger("tornado.access").propagate = False
+    # At "info" it quotes headers of requests that are not HTTP, which may hold a key.
+    logging.getLogger("tornado.general").setLevel(logging.WARNING)
 
 
 def log_request(fields: Mapping[str, Any]) -> None:

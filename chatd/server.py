@@ -32,17 +32,21 @@ Ready = Callable[[int, tuple[Chatbot, str] | None], None]
 
 
 async def serve(config: Config, registry: Registry, ready: Ready) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running turns finish.
+    """Serves until SIGTERM or SIGINT, then lets running turns finish; a second signal ends them.
 
     :param ready: called with the port, and with the first chatbot and its key when it was made
         just now, once requests are served.
 
     Raises `PluginError` or `CannotListen` when it cannot start.
     """
-    stopping = asyncio.Event()
+    stopping, hurrying = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        (hurrying if stopping.is_set() else stopping).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stop)
     # Nothing here takes forms; bodies are JSON.
     set_parse_body_config(ParseBodyConfig(multipart=ParseMultipartConfig(enabled=False)))
     async with AsyncExitStack() as stack:
@@ -68,7 +72,12 @@ async def serve(config: Config, registry: Registry, ready: Ready) -> None:
         log.info("stopping: running turns have %s s to finish", config.server.drain_seconds)
         # New connections are refused by the system, requests on open ones by `Turns`.
         server.stop()
-        await runtime.services.turns.drain(config.server.drain_seconds)
+        hurry = asyncio.create_task(hurrying.wait())
+        drained = asyncio.create_task(runtime.services.turns.drain(config.server.drain_seconds))
+        await asyncio.wait({hurry, drained}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        await runtime.services.turns.drain(0)
+        await drained
         # The answers of the last turns are written by now or within this moment.
         await asyncio.sleep(0.1)
         await server.close_all_connections()

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,21 +119,33 @@ async def open_served(config: Path, stack: AsyncExitStack) -> Served:
 class ServerProcess:
     """`chatd serve` as a process of its own, in a folder of its own."""
 
-    def __init__(self, folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        stdout: int | None = None,
+    ) -> None:
         self.folder = folder
         self.stdout_path = folder / "stdout.log"
-        with self.stdout_path.open("ab") as stdout:
+        with self.stdout_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "chatd", "serve", "--port", "0", *arguments],
                 cwd=folder,
                 env={**clean_env(), **(env or {})},
-                stdout=stdout,
+                stdout=log if stdout is None else stdout,
                 stderr=subprocess.PIPE,
                 text=True,
             )
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -178,16 +190,11 @@ class ServerProcess:
         return code
 
 
-@contextmanager
 def server_process(
     folder: Path, *arguments: str, env: Mapping[str, str] | None = None
-) -> Iterator[ServerProcess]:
-    """A `ServerProcess` that is ended at the end."""
-    server = ServerProcess(folder, *arguments, env=env)
-    try:
-        yield server
-    finally:
-        server.kill()
+) -> ServerProcess:
+    """A server that is ended at the end of the `with` it is used in."""
+    return ServerProcess(folder, *arguments, env=env)
 
 
 def clean_env() -> dict[str, str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
 import signal
 import socket
 import time
@@ -123,6 +126,29 @@ def test_ctrl_c_stops_as_sigterm_does(start: Start) -> None:
         assert call("GET", f"{server.url}/health") == (200, {"status": "ok"})
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(timeout=10) == 0
+
+
+def test_a_second_ctrl_c_does_not_wait_for_turns(start: Start) -> None:
+    with start("2") as server, ThreadPoolExecutor() as pool:
+        client = Client(server)
+        running = pool.submit(client.say, "hi there, how are you?")
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=4) == 0
+        assert running.result(timeout=10)[1]["code"] == "shutting_down"
+
+
+def test_logs_on_a_terminal_are_for_people(tmp_path: Path) -> None:
+    (tmp_path / "chatd.yaml").write_text(CONFIG % "0")
+    terminal, inner = pty.openpty()
+    with ServerProcess(tmp_path, stdout=inner) as server:
+        os.close(inner)
+        call("GET", f"{server.url}/nothing", **{"X-Request-Id": "my-id"})
+        line = os.read(terminal, 4096).decode()
+    os.close(terminal)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d GET - 404 not_found [\d.]+ ms  \[my-id\]\r\n", line)
 
 
 def test_a_port_that_is_taken_is_said_in_words(start: Start, tmp_path: Path) -> None:

@@ -41,10 +41,6 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 """How many headers a request may have, counted by name."""
 
-DRAIN_BYTES = 8 * 1024 * 1024
-"""How much of a body over the limit is read and dropped before the connection is closed: a client
-that is still sending when it is closed often cannot read the answer."""
-
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _CONTENT_TYPE = re.compile(
     r"application/(?:[a-z0-9.-]+\+)?json\s*(?:;\s*charset=\"?utf-8\"?\s*)?", re.ASCII | re.I
@@ -147,8 +143,8 @@ class ApiHandler(RequestHandler):
             raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
         length = headers.get("Content-Length", "")
         most = self.services.config.max_body_bytes
-        # Who asks first whether to send a body, or sends a huge one, is told before it is read.
-        if length.isdigit() and int(length) > most + ("Expect" not in headers) * DRAIN_BYTES:
+        # Who asks first whether to send a body is told before it is sent.
+        if "Expect" in headers and length.isdigit() and int(length) > most:
             raise self._too_large()
         self._early = False
 
@@ -157,17 +153,13 @@ class ApiHandler(RequestHandler):
         return BodyTooLarge(f"The body is too large: at most {most} bytes are taken.")
 
     def data_received(self, chunk: bytes) -> None:
+        # A body over the limit is dropped as it comes, and refused at its end: a client that is
+        # still sending when the connection is closed often cannot read why.
         self._received += len(chunk)
         if self._received <= self.services.config.max_body_bytes:
             self._chunks.append(chunk)
-            return
-        self._chunks.clear()
-        if (
-            self._received > self.services.config.max_body_bytes + DRAIN_BYTES
-            and not self._finished
-        ):
-            self._early = True
-            self._fail(self._too_large())
+        else:
+            self._chunks.clear()
 
     # Reading
 

@@ -1,0 +1,126 @@
+"""Bytes that no client library would send, over a bare socket."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.support import Served
+
+HOST = b"Host: x\r\n"
+
+
+async def exchange(served: Served, request: bytes, *, closes: bool = False) -> bytes:
+    """What comes back for `request`: all of it when the server `closes`, else the first part."""
+    address = urlsplit(served.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(request)
+    try:
+        async with asyncio.timeout(20):
+            return await reader.read(-1 if closes else 65536)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("request_line", "headers", "status"),
+    [
+        (b"GET /%ff%fe HTTP/1.1", b"", 404),
+        (b"GET /docs/assets/..%2f..%2f__init__.py HTTP/1.1", b"", 404),
+        (b"GET /docs/assets/../../setup.py HTTP/1.1", b"", 404),
+        (b"GET /docs/assets/%ff HTTP/1.1", b"", 400),
+        (b"GET http://other.example/nothing HTTP/1.1", b"", 404),
+        (b"OPTIONS * HTTP/1.1", b"", 404),
+        (b"CONNECT /api/chat HTTP/1.1", b"", 405),
+        (b"TRACE /api/chat HTTP/1.1", b"", 405),
+        (b"GET /" + b"a" * 20_000 + b" HTTP/1.1", b"", 404),
+        (b"POST /api/chat HTTP/1.1", b"X-API-Key: \xe9\r\nContent-Length: 2\r\n\r\n{}", 422),
+        (
+            b"POST /api/chat HTTP/1.1",
+            b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 2\r\n\r\n{}",
+            415,
+        ),
+        (
+            b"POST /api/chat HTTP/1.1",
+            b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 4\r\n\r\na=%f",
+            415,
+        ),
+    ],
+)
+async def test_odd_requests_are_answered_with_a_problem(
+    served: Served, request_line: bytes, headers: bytes, status: int
+) -> None:
+    end = b"" if b"\r\n\r\n" in headers else b"\r\n"
+    answer = await exchange(served, request_line + b"\r\n" + HOST + headers + end)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"Content-Type: application/problem+json\r\n" in answer
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ],
+)
+async def test_what_is_not_http_is_a_400_and_the_end_of_the_connection(
+    served: Served, request_bytes: bytes
+) -> None:
+    answer = await exchange(served, request_bytes, closes=True)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("size", [2_000_000, 20_000_000])
+async def test_a_body_far_over_the_limit_is_refused_and_the_refusal_can_be_read(
+    served: Served, size: int
+) -> None:
+    head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    address = urlsplit(served.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(head % size)
+    sending = asyncio.create_task(_send(writer, size))
+    answer = await reader.read()
+    await sending
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b'"code":"body_too_large"' in answer
+
+
+async def _send(writer: asyncio.StreamWriter, size: int) -> None:
+    try:
+        for _ in range(0, size, 100_000):
+            writer.write(b" " * 100_000)
+            await writer.drain()
+    except ConnectionError:
+        pass
+
+
+async def test_who_asks_before_sending_too_much_is_told_before(served: Served) -> None:
+    answer = await exchange(
+        served,
+        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        b"Content-Length: 70000\r\n\r\n",
+        closes=True,
+    )
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"Connection: close\r\n" in answer
+    assert b"100" not in answer.splitlines()[0]
+
+
+async def test_many_requests_go_over_one_connection_errors_among_them(served: Served) -> None:
+    address = urlsplit(served.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    for path, status in [(b"/health", 200), (b"/nothing", 404), (b"/api/chat", 405)] * 3:
+        writer.write(b"GET " + path + b" HTTP/1.1\r\n" + HOST + b"\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+        await reader.readexactly(length)
+    writer.close()
