@@ -23,6 +23,12 @@ from chatd.errors import (
 )
 from chatd.hookspecs import hookimpl
 from chatd.interceptor import Interceptor, Proceed, TurnContext
+from chatd.offers import (
+    InterceptorRegister,
+    ProviderRegister,
+    RouteRegister,
+    StorageRegister,
+)
 from chatd.provider import (
     Event,
     Finish,
@@ -33,12 +39,6 @@ from chatd.provider import (
     TextDelta,
     Timeouts,
     UsageReport,
-)
-from chatd.registry import (
-    InterceptorRegister,
-    ProviderRegister,
-    RouteRegister,
-    StorageRegister,
 )
 from chatd.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from chatd.storage import (

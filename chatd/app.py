@@ -22,8 +22,9 @@ from chatd.errors import PluginError
 from chatd.handlers import chat, docs, health, sessions
 from chatd.handlers.base import ApiHandler, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
+from chatd.offers import Offer
 from chatd.provider import Provider
-from chatd.registry import Offer, Registry, load_registry
+from chatd.registry import Registry, load_registry
 from chatd.routing import Router, Rule, Target
 from chatd.storage import Storage
 from chatd.turns import Turns

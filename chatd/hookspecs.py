@@ -6,13 +6,10 @@ methods of what it registered. A name that starts with `chatd_` and is not here 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 import pluggy
 
-if TYPE_CHECKING:
-    from chatd.registry import InterceptorRegister, ProviderRegister, RouteRegister, StorageRegister
+from chatd.offers import InterceptorRegister, ProviderRegister, RouteRegister, StorageRegister
 
 PROJECT = "chatd"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import click
 import pluggy
@@ -22,85 +22,10 @@ from tornado.web import RequestHandler
 from chatd import hookspecs
 from chatd.errors import PluginError
 from chatd.interceptor import Interceptor
+from chatd.offers import Offer, Register, RouteRegister
 from chatd.provider import Provider
 from chatd.storage import Storage
-from chatd.validation import Schema, did_you_mean
-
-T = TypeVar("T")
-Settings = Mapping[str, Any]
-ROUTE_PREFIX = "/x/"
-
-
-@dataclass(frozen=True, slots=True)
-class Offer(Generic[T]):
-    """One thing that a plugin offers under a name."""
-
-    name: str
-    open: Callable[[Settings], Awaitable[T]]
-    schema: Schema
-    description: str
-    plugin: str
-
-
-@dataclass(slots=True)
-class Register(Generic[T]):
-    """What a hook is handed: a place to `add` what the plugin offers."""
-
-    kind: str
-    plugin: str
-    offers: dict[str, Offer[T]]
-
-    def add(
-        self,
-        name: str,
-        open: Callable[[Settings], Awaitable[T]],
-        config_schema: Mapping[str, Any],
-        description: str,
-    ) -> None:
-        """Offers something under `name`, the word after `use:` in the configuration.
-
-        :param open: a coroutine function; called once with the settings, already validated.
-        :param config_schema: a Draft 2020-12 schema of the settings, an object.
-        :param description: half a sentence for `chatd plugins`.
-        """
-        if other := self.offers.get(name):
-            raise PluginError(
-                f'the {self.kind} "{name}" is offered by two plugins, "{other.plugin}" and '
-                f'"{self.plugin}": disable one under plugins.disable'
-            )
-        if not inspect.iscoroutinefunction(open):
-            raise PluginError(
-                f'plugin "{self.plugin}": open of the {self.kind} "{name}" must be a coroutine '
-                "function (async def)"
-            )
-        try:
-            compiled = Schema(config_schema)
-        except ValueError as error:
-            raise PluginError(
-                f'plugin "{self.plugin}": config_schema of "{name}" is not a JSON Schema: {error}'
-            ) from error
-        self.offers[name] = Offer(name, open, compiled, description, self.plugin)
-
-
-StorageRegister = Register[Storage]
-ProviderRegister = Register[Provider]
-InterceptorRegister = Register[Interceptor]
-
-
-@dataclass(slots=True)
-class RouteRegister:
-    """What `chatd_register_routes` is handed."""
-
-    plugin: str
-    routes: list[tuple[str, type[RequestHandler]]]
-
-    def add(self, path: str, handler: type[RequestHandler]) -> None:
-        """Serves `handler` at `path`, a regular expression of Tornado's under `/x/`."""
-        if not path.startswith(ROUTE_PREFIX):
-            raise PluginError(
-                f'plugin "{self.plugin}": the route "{path}" must start with "{ROUTE_PREFIX}"'
-            )
-        self.routes.append((path, handler))
+from chatd.validation import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)

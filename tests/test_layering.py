@@ -11,6 +11,7 @@ FLOORS = [
     {"validation", "schemas"},
     {"storage", "provider"},
     {"interceptor"},
+    {"offers"},
     {"hookspecs"},
     {"config", "registry"},
     {"routing", "limits", "access"},

@@ -11,7 +11,8 @@ import click
 
 from chatd.cli.common import config_option, configured, json_option, reports_errors
 from chatd.config import ConfigFile
-from chatd.registry import Offer, Registry, load_registry
+from chatd.offers import Offer
+from chatd.registry import Registry, load_registry
 
 
 @click.command()
