@@ -14,7 +14,7 @@ from dotenv import load_dotenv
 
 from chatd.errors import ConfigError
 from chatd.provider import Timeouts
-from chatd.validation import Path, Schema, did_you_mean, schema
+from chatd.validation import MAX_DEPTH, Path, Schema, did_you_mean, schema
 
 _REFERENCE = re.compile(
     r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?:(?P<how>:[-+])(?P<text>[^}]*))?)\}"
@@ -167,6 +167,10 @@ class ConfigFile:
 
     def _value(self, node: yaml.Node, path: Path) -> Any:
         self._lines.setdefault(path, node.start_mark.line + 1)
+        if len(path) > MAX_DEPTH:
+            # Only an alias to what it stands in gets here.
+            self._faults.append((self._lines[path[:1]], f"{_dotted(path[:1])}: holds itself"))
+            return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -296,7 +300,8 @@ class ConfigFile:
             self._add(faults, (*path, "use"), f'no plugin offers the {kind} "{use}"{hint}')
             return
         for inner, text in offers[kind][use].faults(_settings(value, own)):
-            self._add(faults, (*path, *inner), text)
+            hint = did_you_mean(str(inner[-1]), own) if text == "unknown key" else ""
+            self._add(faults, (*path, *inner), text + hint)
 
     def _ask_faults(self, faults: list[tuple[int, str]]) -> None:
         rules = self.values.get("models") if isinstance(self.values, dict) else None
@@ -354,8 +359,14 @@ def _build(values: Mapping[str, Any]) -> Config:
 
 
 def load_env_file(folder: FilePath) -> None:
-    """Reads `.env` in `folder`, if there is one; what the environment already says stays."""
-    load_dotenv(folder / ".env", override=False)
+    """Reads `.env` in `folder`, if there is one; what the environment already says stays.
+
+    Raises `ConfigError` when it is not UTF-8 text.
+    """
+    try:
+        load_dotenv(folder / ".env", override=False)
+    except UnicodeDecodeError:
+        raise ConfigError([f"{folder / '.env'}: cannot be read: it is not UTF-8 text"]) from None
 
 
 def find_config(given: FilePath | None, folder: FilePath, packaged: FilePath) -> FilePath:

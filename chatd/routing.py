@@ -83,7 +83,7 @@ class Router:
         if not chain:
             raise ProviderError(
                 ProviderErrorKind.INVALID_REQUEST,
-                f'no rule under `models` matches "{request.model}": add one',
+                f'no rule under models leads "{request.model}" to a provider that is enabled',
                 retryable=False,
             )
         failure: ProviderError | None = None

@@ -24,6 +24,10 @@ MAX_HEADER_BYTES = 1024 * 1024
 """What Tornado reads of headers before it hangs up; handlers refuse far less, in words."""
 
 
+TWICE_SECONDS = 0.3
+"""A second signal later than this after the first means that somebody cannot wait."""
+
+
 class CannotListen(ChatdError):
     """The address cannot be listened on."""
 
@@ -32,7 +36,7 @@ Ready = Callable[[int, tuple[Chatbot, str] | None], None]
 
 
 async def serve(config: Config, registry: Registry, ready: Ready) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running turns finish; a second signal ends them.
+    """Serves until SIGTERM, SIGINT or SIGHUP, then lets running turns finish; a second signal ends them.
 
     :param ready: called with the port, and with the first chatbot and its key when it was made
         just now, once requests are served.
@@ -42,11 +46,17 @@ async def serve(config: Config, registry: Registry, ready: Ready) -> None:
     stopping, hurrying = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def stop() -> None:
-        (hurrying if stopping.is_set() else stopping).set()
+    def stop(asked: list[float]) -> None:
+        asked.append(loop.time())
+        stopping.set()
+        # A signal to a whole process group may come twice, from the sender and from a parent.
+        if asked[-1] - asked[0] > TWICE_SECONDS:
+            hurrying.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    asked: list[float] = []
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, stop, asked)
     # Nothing here takes forms; bodies are JSON.
     set_parse_body_config(ParseBodyConfig(multipart=ParseMultipartConfig(enabled=False)))
     async with AsyncExitStack() as stack:

@@ -127,7 +127,7 @@ class Schema:
         if self.fits(value):
             return []
         errors = sorted(self._thorough.iter_errors(value), key=lambda e: list(map(str, e.path)))
-        return [found for error in errors for found in explain(error)]
+        return list(dict.fromkeys(found for error in errors for found in explain(error)))
 
     def require(self, value: Any) -> None:
         """Raises `InvalidRequest` with every fault when `value` does not fit."""
@@ -170,8 +170,11 @@ def explain(error: jsonschema.ValidationError) -> Iterator[tuple[Path, str]]:
     if rule == "required":
         missing = [name for name in wanted if name not in value]
         # One error comes per missing name; each carries it only in its text.
+        rules = owner.get("properties", {})
         yield from (
-            ((*path, n), "is required") for n in missing if error.message.startswith(repr(n))
+            ((*path, n), rules.get(n, {}).get("x-required", "is required"))
+            for n in missing
+            if error.message.startswith(repr(n))
         )
     elif rule == "additionalProperties":
         known = owner.get("properties", {})
@@ -190,7 +193,7 @@ def _closest(branches: Sequence[jsonschema.ValidationError]) -> jsonschema.Valid
 
 
 def _sentence(rule: str, wanted: Any, owner: Mapping[str, Any]) -> str:
-    if rule in ("enum", "const", "pattern") and "x-error" in owner:
+    if rule in _MEANT and "x-error" in owner:
         return str(owner["x-error"])
     if rule == "type":
         names = [wanted] if isinstance(wanted, str) else wanted
@@ -203,6 +206,9 @@ def _sentence(rule: str, wanted: Any, owner: Mapping[str, Any]) -> str:
         return "must not be empty"
     return _SENTENCES.get(rule, "does not fit ({rule})").format(wanted=wanted, rule=rule)
 
+
+_MEANT = {"enum", "const", "pattern", "minLength", "maxLength"}
+"""Rules in place of which a schema's `x-error` says what is meant."""
 
 _SENTENCES = {
     "pattern": "must match {wanted}",

@@ -28,7 +28,8 @@ class EchoProvider:
         for i, word in enumerate(words):
             if self._word_seconds:
                 await asyncio.sleep(self._word_seconds)
-            yield chatd.TextDelta(word if i == 0 else f" {word}")
+            if delta := word if i == 0 else f" {word}":
+                yield chatd.TextDelta(delta)
         yield chatd.UsageReport(chatd.Usage(cost_usd=0.0))
         yield chatd.Finish("stop", "echo")
 
@@ -67,4 +68,4 @@ _SETTINGS = {
 
 @chatd.hookimpl
 def chatd_register_provider(register: chatd.ProviderRegister) -> None:
-    register.add("echo", open_echo, _SETTINGS, "repeats what it is told; needs no key")
+    register.add("echo", open_echo, _SETTINGS, "no model: it repeats what it is told")

@@ -23,6 +23,9 @@ END_GRACE_SECONDS = 0.5
 """How long the end of the body is waited for once the answer is whole: usage often comes after
 the finish reason, and a connection read to its end can be used again."""
 
+ERROR_BODY_SECONDS = 2.0
+"""How long the body of an error is waited for; the status alone tells enough."""
+
 _Kind = chatd.ProviderErrorKind
 _BY_STATUS = {
     401: _Kind.AUTHENTICATION,
@@ -34,6 +37,7 @@ _BY_STATUS = {
 _CONTEXT_LENGTH = re.compile(
     r"context[ _](length|window|size)|maximum context|too many tokens|prompt is too long", re.I
 )
+_NAME = re.compile(r"[ -~]{1,200}")
 _FINISH_REASONS: dict[str, chatd.FinishReason] = {
     "stop": "stop",
     "length": "length",
@@ -76,8 +80,14 @@ class ChatCompletions:
         await self._http.close()
 
     async def check(self) -> None:
-        async with self._send("GET", "/models", None, 5) as response:
-            await self._raise_for_status(response, None)
+        await self._check("/models")
+
+    async def _check(self, path: str) -> None:
+        try:
+            async with self._send("GET", path, None, 5) as response:
+                await self._raise_for_status(response, None)
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._translated(error, started=False) from error
 
     def body(self, request: chatd.ProviderRequest) -> dict[str, Any]:
         """The request's JSON."""
@@ -112,7 +122,7 @@ class ChatCompletions:
             for event in answer.end():
                 yield event
         except (aiohttp.ClientError, OSError) as error:
-            raise self._translated(error, answer) from error
+            raise self._translated(error, started=answer.started) from error
         except _Told as error:
             raise self._error(error.error, error.status, request, reached_model=True) from None
 
@@ -123,7 +133,7 @@ class ChatCompletions:
             json=body,
             # A redirect would take the key to another host.
             allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect),
+            timeout=aiohttp.ClientTimeout(total=None, connect=connect),
         )
 
     async def _events(
@@ -138,6 +148,11 @@ class ChatCompletions:
                     chunk = await response.content.readany()
             except TimeoutError:
                 return
+            except aiohttp.ClientError:
+                # What breaks after the end does no harm.
+                if answer.is_whole:
+                    return
+                raise
             if not chunk:
                 return
             try:
@@ -177,10 +192,12 @@ class ChatCompletions:
                 retryable=False,
             )
         try:
-            body = await self._json(response)
-        except chatd.ProviderError:
+            async with asyncio.timeout(ERROR_BODY_SECONDS):
+                body = await self._json(response)
+        except (chatd.ProviderError, aiohttp.ClientError, TimeoutError):
             body = None
-        error = body.get("error") if isinstance(body, dict) else None
+        # Some servers tell it at the top.
+        error = body.get("error", body) if isinstance(body, dict) else None
         raise self._error(
             error, response.status, request, retry_after=response.headers.get("Retry-After")
         )
@@ -210,24 +227,24 @@ class ChatCompletions:
             reached_model=reached_model,
         )
 
-    def _translated(self, error: Exception, answer: _Answer) -> chatd.ProviderError:
-        kind = _Kind.INCOMPLETE if answer.started else _Kind.CONNECTION
+    def _translated(self, error: Exception, *, started: bool) -> chatd.ProviderError:
+        kind = _Kind.INCOMPLETE if started else _Kind.CONNECTION
         if isinstance(error, aiohttp.ServerTimeoutError):
             kind = _Kind.TIMEOUT
         return chatd.ProviderError(
             kind,
             self._clean(f"{type(error).__name__}: {error}", None),
-            reached_model=answer.started,
+            reached_model=started,
         )
 
     def _clean(self, text: str, request: chatd.ProviderRequest | None) -> str:
-        """`text` for the operator's log: no key, nothing that was said, not long."""
+        """`text` for the operator's log: no key, nothing that was said, one line, not long."""
         hidden = list(self._secrets)
         if request is not None:
             hidden += [m.content for m in request.messages if len(m.content) >= 4]
         for secret in sorted(hidden, key=len, reverse=True):
             text = text.replace(secret, "[removed]")
-        return text[:300]
+        return "".join(char if char.isprintable() else " " for char in text[:300])
 
 
 class _Told(Exception):
@@ -285,7 +302,7 @@ class _Answer:
             )
         if value.get("error"):
             raise _Told(value["error"])
-        if isinstance(model := value.get("model"), str) and model:
+        if isinstance(model := value.get("model"), str) and _NAME.fullmatch(model):
             self._model = model
         if isinstance(value.get("usage"), dict):
             self._usage = _usage(value["usage"])
@@ -296,10 +313,8 @@ class _Answer:
 
     def _choice(self, choice: dict[str, Any], part: str) -> Iterator[chatd.Event]:
         reason = choice.get("finish_reason")
-        if choice.get("error") or reason == "error":
+        if choice.get("error") or "error" in (reason, choice.get("native_finish_reason")):
             raise _Told(choice.get("error") or "finish_reason error")
-        if reason is None and choice.get("native_finish_reason") == "error":
-            raise _Told("native_finish_reason error")
         said = choice.get(part)
         if isinstance(said, dict):
             if thought := _text(said.get("reasoning") or said.get("reasoning_content")):
@@ -372,7 +387,7 @@ def _usage(value: dict[str, Any]) -> chatd.Usage:
         if isinstance(completion, dict)
         else None,
         cost_usd=float(cost)
-        if isinstance(cost, int | float) and not isinstance(cost, bool) and cost >= 0
+        if isinstance(cost, int | float) and not isinstance(cost, bool) and 0 <= cost < 2**53
         else None,
     )
 

@@ -24,8 +24,7 @@ class OpenRouter(ChatCompletions):
         return body
 
     async def check(self) -> None:
-        async with self._send("GET", "/key", None, 5) as response:
-            await self._raise_for_status(response, None)
+        await self._check("/key")
 
 
 async def open_openrouter(settings: Mapping[str, Any]) -> OpenRouter:

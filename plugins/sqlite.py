@@ -712,11 +712,6 @@ def _turn(row: Any) -> chatd.TurnRecord:
 
 async def open_sqlite(settings: Mapping[str, Any]) -> SQLiteStorage:
     """Opens the database that the settings name, and makes it when it does not exist."""
-    if os.environ.get("DYNO") and not settings.get("allow_ephemeral", False):
-        raise chatd.PluginError(
-            "sqlite: a dyno's disk is wiped at least once a day, and every conversation with it. "
-            "Use a storage elsewhere, or set storage.allow_ephemeral: true if losing it is fine"
-        )
     storage = SQLiteStorage(
         Path(settings.get("path", "chatd.db")),
         synchronous=settings.get("synchronous", "full"),
@@ -726,7 +721,7 @@ async def open_sqlite(settings: Mapping[str, Any]) -> SQLiteStorage:
     return storage
 
 
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",
     "additionalProperties": False,
@@ -761,6 +756,21 @@ _SETTINGS = {
 }
 
 
+_WIPED = (
+    "must be true: a dyno's disk is wiped at least once a day, and every conversation with it. "
+    "Use a storage elsewhere, or set storage.allow_ephemeral: true if losing it is fine"
+)
+
+
+def _settings_on_a_dyno() -> dict[str, Any]:
+    """The settings where the disk does not last: SQLite must be told that this is fine."""
+    told = {**_SETTINGS["properties"]["allow_ephemeral"], "const": True}
+    told |= {"x-error": _WIPED, "x-required": _WIPED}
+    properties = {**_SETTINGS["properties"], "allow_ephemeral": told}
+    return {**_SETTINGS, "required": ["allow_ephemeral"], "properties": properties}
+
+
 @chatd.hookimpl
 def chatd_register_storage(register: chatd.StorageRegister) -> None:
-    register.add("sqlite", open_sqlite, _SETTINGS, "one file on this machine's disk (WAL)")
+    settings = _settings_on_a_dyno() if os.environ.get("DYNO") else _SETTINGS
+    register.add("sqlite", open_sqlite, settings, "one file on this machine's disk (WAL)")

@@ -115,7 +115,7 @@ colour: red
         "c.yaml:3: server.port: must be a whole number",
         'c.yaml:5: storage.use: no plugin offers the storage "sqlit", did you mean "sqlite"?',
         "c.yaml:7: providers.main.base_url is required",
-        "c.yaml:9: providers.main.timout: unknown key",
+        'c.yaml:9: providers.main.timout: unknown key, did you mean "timeouts"?',
         "c.yaml:10: providers.other.word_seconds: must be at least 0",
         'c.yaml:13: models[0].ask[0]: there is no provider "mian", did you mean "main"?',
         'c.yaml:13: models[0].ask[1].modle: unknown key, did you mean "model"?',

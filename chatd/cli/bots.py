@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ async def add(
     key = _checked_key(api_key)
     chatbot = Chatbot(
         id=id,
-        name=_checked_name(name or "Chatbot", "--name"),
-        model=_checked_name(model or DEFAULT_MODEL, "--model"),
+        name=_checked_name("Chatbot" if name is None else name, "--name"),
+        model=_checked_name(DEFAULT_MODEL if model is None else model, "--model"),
         api_key_hash=hash_api_key(key),
         settings=_changed(ChatbotSettings(), settings),
     )
@@ -246,9 +247,10 @@ def _typed(name: str, value: Any) -> Any:
     if value == "default":
         return None if name != "context_tokens" else ChatbotSettings().context_tokens
     try:
-        return float(value) if name == "temperature" else int(value)
+        number = float(value) if name == "temperature" else int(value)
     except ValueError:
         return value
+    return number if math.isfinite(number) else value
 
 
 def _text(value: str) -> str:

@@ -33,15 +33,22 @@ async def chat(bot: str, config_path: Path | None) -> None:
         await services.storage.create_session(session)
         if sys.stdin.isatty():
             click.echo(f"{chatbot.name} ({chatbot.model}). An empty line ends it.")
-        while text := await asyncio.to_thread(_read_line):
-            if not await _say(services.turns, chatbot, session.id, text) and not sys.stdin.isatty():
+        while line := await asyncio.to_thread(_read_line):
+            text = line.strip()
+            if not text and sys.stdin.isatty():
+                break
+            if not text:
+                continue
+            answered = await _say(services.turns, chatbot, session.id, text)
+            if not answered and not sys.stdin.isatty():
                 sys.exit(1)
 
 
 def _read_line() -> str:
+    """The next line with its end; empty when there is none."""
     if sys.stdin.isatty():
         click.echo("> ", nl=False)
-    return sys.stdin.readline().strip()
+    return sys.stdin.readline()
 
 
 async def _say(turns: Turns, chatbot: Chatbot, session_id: str, text: str) -> bool:

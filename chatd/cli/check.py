@@ -79,8 +79,8 @@ async def _ask(config: Config, registry: Registry) -> tuple[list[str], list[str]
             for chatbot in await storage.list_chatbots():
                 if not router.chain(chatbot.model):
                     faults.append(
-                        f'chatbot "{chatbot.name}" ({chatbot.id}): no rule under models matches '
-                        f'its model "{chatbot.model}"'
+                        f'chatbot "{chatbot.name}" ({chatbot.id}): no rule under models leads its '
+                        f'model "{chatbot.model}" to a provider that is enabled'
                     )
         except ChatdError as error:
             faults.append(error.detail if isinstance(error, RequestError) else str(error))

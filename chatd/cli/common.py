@@ -33,8 +33,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 def configured(given: Path | None) -> Path:
     """The configuration file to use, once `.env` here is read."""
-    load_env_file(Path.cwd())
-    return find_config(given, Path.cwd(), packaged_config())
+    load_env_file(Path())
+    return find_config(given, Path(), packaged_config())
 
 
 def reports_errors(function: Callable[P, T]) -> Callable[P, T]:

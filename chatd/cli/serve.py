@@ -14,6 +14,7 @@ from chatd.app import load
 from chatd.cli.common import config_option, configured, reports_errors
 from chatd.config import Config
 from chatd.domain import Chatbot
+from chatd.registry import Registry
 from chatd.server import serve as serve_until_stopped
 
 
@@ -34,17 +35,22 @@ def serve(config_path: Path | None, host: str | None, port: int | None) -> None:
     config = dataclasses.replace(config, server=server)
     logs.set_up(config.log_level)
     asyncio.run(
-        serve_until_stopped(config, registry, lambda port, made: _greet(config, path, port, made))
+        serve_until_stopped(
+            config, registry, lambda port, made: _greet(config, registry, path, port, made)
+        )
     )
 
 
-def _greet(config: Config, path: Path, port: int, made: tuple[Chatbot, str] | None) -> None:
+def _greet(
+    config: Config, registry: Registry, path: Path, port: int, made: tuple[Chatbot, str] | None
+) -> None:
     """Tells the terminal where the server is, and the new chatbot's key, which is shown once.
 
     On stderr: stdout is for logs, which hold no key.
     """
     host = config.server.host
     shown = "localhost" if host in ("localhost", "0.0.0.0", "::", "127.0.0.1") else host
+    shown = f"[{shown}]" if ":" in shown else shown
     url = config.server.public_url or f"http://{shown}:{port}"
     lines = [
         "",
@@ -52,12 +58,9 @@ def _greet(config: Config, path: Path, port: int, made: tuple[Chatbot, str] | No
         f"  API docs     {url}/docs",
         f"  config       {path}",
     ]
-    if config.providers.keys() and all(p.use.name == "echo" for p in config.providers.values()):
-        lines.append(
-            "  answers      by echo only: set OPENROUTER_API_KEY (here or in .env) for a model"
-        )
-    else:
-        lines.append(f"  answers      by {', '.join(n for n in config.providers if n != 'echo')}")
+    for name in _answering(config):
+        use = config.providers[name].use.name
+        lines.append(f"  answers by   {name} ({registry.providers[use].description})")
     if made:
         chatbot, key = made
         lines += [
@@ -71,6 +74,17 @@ def _greet(config: Config, path: Path, port: int, made: tuple[Chatbot, str] | No
             *_curl(url, chatbot.id, key),
         ]
     click.echo("\n".join([*lines, ""]), err=True)
+
+
+def _answering(config: Config) -> list[str]:
+    """The enabled providers that a model can lead to, in the order of the rules."""
+    names: dict[str, None] = {}
+    for rule in config.models:
+        enabled = [ask.provider for ask in rule.ask if ask.provider in config.providers]
+        names.update(dict.fromkeys(enabled))
+        if enabled and rule.match == "*":
+            break
+    return list(names)
 
 
 def _curl(url: str, chatbot_id: str, key: str) -> list[str]:
