@@ -10,7 +10,8 @@ ChatdError
     ├── NotFound             ├── OriginNotAllowed    ├── TurnRefused
     ├── TurnInProgress       ├── IdempotencyKeyReused
     ├── RateLimited          ├── ProviderFailed      ├── ProviderTimeout
-    └── StorageUnavailable   └── ShuttingDown
+    ├── StorageUnavailable   ├── Overloaded
+    └── ShuttingDown
 """
 
 from __future__ import annotations
@@ -227,6 +228,13 @@ class StorageUnavailable(RequestError):
 
     def __init__(self, detail: str | None = None, *, retry_after: float | None = 2) -> None:
         super().__init__(detail, retry_after=retry_after)
+
+
+class Overloaded(RequestError):
+    """The model providers ask to be left alone for a while."""
+
+    code = "overloaded"
+    default_detail = "The model provider is overloaded. Wait as long as Retry-After says."
 
 
 class ShuttingDown(RequestError):

@@ -18,11 +18,10 @@ from chatd.provider import Event, Finish, Provider, ProviderRequest, TextDelta, 
 log = logging.getLogger(__name__)
 
 _SAME_EVERYWHERE = {
-    ProviderErrorKind.INVALID_REQUEST,
     ProviderErrorKind.CONTEXT_LENGTH,
     ProviderErrorKind.MODERATION,
 }
-"""Failures of the request itself: another provider is not bothered with it."""
+"""Failures of what was said: another provider is not bothered with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,8 @@ class Router:
             attempts.append(attempt)
             began, said = time.monotonic(), False
             try:
-                async with aclosing(_ask(target, request, attempt.model)) as events:
+                last = target is chain[-1]
+                async with aclosing(_ask(target, request, attempt.model, last=last)) as events:
                     async for event in events:
                         said = said or isinstance(event, TextDelta)
                         yield event
@@ -115,12 +115,14 @@ class Router:
         raise failure
 
 
-async def _ask(target: Target, request: ProviderRequest, model: str) -> AsyncGenerator[Event, None]:
+async def _ask(
+    target: Target, request: ProviderRequest, model: str, *, last: bool
+) -> AsyncGenerator[Event, None]:
     """One attempt, held to the contract: text, one end, in time, no foreign exception."""
     timeouts = target.timeouts
     events = target.provider.stream(replace(request, model=model, timeouts=timeouts))
-    # A plain answer comes at once at its end, within the turn's deadline.
-    limit = timeouts.first_token if request.stream else None
+    # A plain answer comes whole, within the turn's deadline; the next in the chain needs some of it.
+    limit = timeouts.first_token if request.stream or not last else None
     said = False
     try:
         while True:

@@ -19,6 +19,7 @@ from typing import Any
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
 from chatd.errors import (
     InvalidRequest,
+    Overloaded,
     ProviderError,
     ProviderErrorKind,
     ProviderFailed,
@@ -82,9 +83,17 @@ class RunningTurn:
     usage: Usage = Usage()
     finish: Finish | None = None
     attempts: list[Attempt] = field(default_factory=list)
+    _half: str = ""
     ended: asyncio.Future[TurnResult] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
+
+    def say(self, text: str) -> None:
+        """Adds to the answer what storage can hold of it: no U+0000, no half of a character."""
+        text = (self._half + text).replace("\0", "")
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        if whole := storable(text[: -len(self._half) or None]):
+            self.parts.append(whole)
 
     async def result(self) -> TurnResult:
         """How the turn ended, once it has. Cancelling the wait does not touch the turn."""
@@ -204,6 +213,7 @@ class Turns:
             await self._end(turn, status, error)
         except Exception:
             log.exception("turn %s failed in chatd itself", turn.id)
+            await self._store(FinishTurn(turn.id, TurnStatus.FAILED, error_code=RequestError.code))
             if not turn.ended.done():
                 turn.ended.set_exception(RequestError())
         finally:
@@ -219,8 +229,7 @@ class Turns:
                     async for event in events:
                         match event:
                             case TextDelta(text):
-                                if text := _storable(text):
-                                    turn.parts.append(text)
+                                turn.say(text)
                             case UsageReport(usage):
                                 turn.usage = usage
                             case Finish():
@@ -230,6 +239,10 @@ class Turns:
             error: RequestError = ProviderFailed()
         except TimeoutError:
             error = ProviderTimeout()
+            if turn.attempts:
+                late = turn.attempts[-1]
+                late.error = ProviderErrorKind.TIMEOUT
+                log.warning("provider %s did not answer turn %s in time", late.provider, turn.id)
         except ProviderError as failure:
             error = _told(failure)
         except RequestError as refused:
@@ -268,6 +281,7 @@ class Turns:
         model = turn.finish.model if turn.finish else None
         if model is None and answered is not None:
             model = answered.model
+        model = model and storable(model)
         finish_reason = turn.finish.reason if turn.finish else None
         finish = FinishTurn(
             turn_id=turn.id,
@@ -369,17 +383,20 @@ def _told(failure: ProviderError) -> RequestError:
                 "The model provider takes no more requests just now. Try again later.",
                 retry_after=math.ceil(wait) if wait else 5,
             )
+        case ProviderErrorKind.OVERLOADED if wait:
+            return Overloaded(retry_after=math.ceil(wait))
         case ProviderErrorKind.CONTEXT_LENGTH:
             return InvalidRequest("The conversation is too long for this chatbot's model.")
         case _:
             return ProviderFailed()
 
 
-def _storable(text: str) -> str:
-    """`text` without what storage cannot hold: U+0000, and halves of surrogate pairs."""
-    if "\0" in text:
-        text = text.replace("\0", "")
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+def storable(text: str) -> str:
+    """`text` as UTF-8 can hold it: pairs of surrogates joined, single ones replaced, no U+0000."""
+    if text.isascii():
+        return text.replace("\0", "")
+    units = text.replace("\0", "").encode("utf-16-le", "surrogatepass")
+    return units.decode("utf-16-le", "replace")
 
 
 def _pseudonym(chatbot_id: str, user_id: str) -> str:

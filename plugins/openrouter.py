@@ -35,7 +35,9 @@ async def open_openrouter(settings: Mapping[str, Any]) -> OpenRouter:
             "openrouter: api_key is empty. Set OPENROUTER_API_KEY in the environment or in .env "
             "(keys are made at https://openrouter.ai/keys), or do not enable this provider"
         )
-    headers = {"Authorization": f"Bearer {key}", "X-Title": settings.get("app_title", "chatd")}
+    title = settings.get("app_title", "chatd")
+    # The first is the header's name now, the second its name before.
+    headers = {"Authorization": f"Bearer {key}", "X-OpenRouter-Title": title, "X-Title": title}
     if url := settings.get("app_url"):
         headers["HTTP-Referer"] = url
     return OpenRouter(

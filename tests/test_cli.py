@@ -249,7 +249,7 @@ def test_an_openrouter_key_alone_switches_the_carried_configuration_to_openroute
     (tmp_path / ".env").write_text("OPENROUTER_API_KEY=sk-or-test-0123456789\n")
     with serving(tmp_path) as server:
         wait_for(lambda: "/api/chat " in server.stderr)
-        assert re.search(r"answers +by openrouter", server.stderr)
+        assert re.search(r"answers by +openrouter", server.stderr)
         assert server.stop() == 0
         assert "sk-or-test" not in server.stdout + server.stderr
 
@@ -335,7 +335,7 @@ def test_plugins_lists_each_with_its_source_hooks_and_offers(tmp_path: Path) -> 
     plugins = {plugin["name"]: plugin for plugin in json.loads(done.stdout)}
     assert plugins["sqlite"]["hooks"] == ["chatd_register_storage"]
     assert plugins["sqlite"]["source"].startswith("chatd ")
-    assert plugins["echo"]["offers"] == ["provider echo: repeats what it is told; needs no key"]
+    assert plugins["echo"]["offers"] == ["provider echo: no model: it repeats what it is told"]
     for name, plugin in plugins.items():
         assert f"{name}  ({plugin['source']})" in text.stdout
 

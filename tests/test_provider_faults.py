@@ -66,11 +66,11 @@ providers:
     use: openai_compatible
     base_url: "FIRST/v1"
     api_key: "KEY"
-    timeouts: {plain: PLAIN}
+    timeouts: {plain: PLAIN, first_token: FIRST_WORD}
   second:
     use: openai_compatible
     base_url: "SECOND/v1"
-    timeouts: {plain: PLAIN}
+    timeouts: {plain: PLAIN, first_token: FIRST_WORD}
 models:
   - {match: "chain/*", ask: [first, {provider: second, model: second/own-name}]}
   - {match: "*", ask: [first]}
@@ -146,8 +146,14 @@ def chat(
     """`await chat()` begins a session; afterwards the logs are looked through."""
     caplog.set_level("DEBUG")
 
-    async def start(model: str = MODEL, plain: float = 20, **settings: Any) -> Chat:
-        text = CONFIG.replace("FIRST", first.url).replace("SECOND", second.url)
+    async def start(
+        model: str = MODEL, plain: float = 20, first_token: float = 20, **settings: Any
+    ) -> Chat:
+        text = (
+            CONFIG.replace("FIRST_WORD", str(first_token))
+            .replace("FIRST", first.url)
+            .replace("SECOND", second.url)
+        )
         served = await serve(text.replace("KEY", KEY).replace("PLAIN", str(plain)))
         bot = await served.add_bot(model=model, **settings)
         return Chat(served, bot, await served.session(bot))
@@ -538,8 +544,43 @@ async def test_what_cannot_be_stored_is_taken_out_of_a_reply(
     first.always(answer("He\0llo \ud83d!"))
     here = await chat()
     got = await here.say()
-    assert got.json["response"] == "Hello ?!"
-    assert (await here.transcript())[1] == ("assistant", "Hello ?!")
+    assert got.json["response"] == "Hello \ufffd!"
+    assert (await here.transcript())[1] == ("assistant", "Hello \ufffd!")
+
+
+async def test_a_character_cut_in_two_by_the_provider_is_whole_again(
+    chat: Open, first: FakeProvider
+) -> None:
+    first.always(SSE_HEAD, sse(delta("Hi \ud83d"), delta("\ude00 there"), finished(), "[DONE]"))
+    here = await chat()
+    assert (await here.say()).json["response"] == "Hi 😀 there"
+
+
+async def test_a_provider_that_asks_for_time_is_overloaded(chat: Open, first: FakeProvider) -> None:
+    first.always(http_response(503, error_body(), {"Retry-After": "3600"}))
+    here = await chat()
+    got = await here.say()
+    await assert_failed(here, got, 503, "overloaded", Kind.OVERLOADED)
+    assert got.headers["Retry-After"] == "60"
+
+
+async def test_a_first_provider_that_hangs_leaves_time_for_the_second(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    first.always(Hold())
+    second.answer(answer("Hello from the second!"))
+    here = await chat(model=CHAIN_MODEL, first_token=0.3)
+    assert (await here.say()).json["response"] == "Hello from the second!"
+    assert [a["error"] for a in (await here.turn()).attempts] == [Kind.TIMEOUT, None]
+
+
+async def test_a_model_that_the_first_provider_does_not_have_is_asked_of_the_second(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    first.always(http_response(404, error_body(404, "No such model")))
+    second.answer(answer("Hello from the second!"))
+    here = await chat(model=CHAIN_MODEL)
+    assert (await here.say()).json["response"] == "Hello from the second!"
 
 
 async def test_a_failed_turns_question_is_in_the_transcript_and_not_in_the_next_context(

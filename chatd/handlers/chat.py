@@ -12,6 +12,7 @@ from chatd.errors import (
     InvalidRequest,
     NotFound,
     OriginNotAllowed,
+    Overloaded,
     ProviderFailed,
     ProviderTimeout,
     RateLimited,
@@ -31,6 +32,7 @@ _TURN_ERRORS = (
     ProviderFailed,
     ProviderTimeout,
     StorageUnavailable,
+    Overloaded,
     ShuttingDown,
 )
 

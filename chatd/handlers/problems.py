@@ -71,6 +71,7 @@ PROBLEMS: dict[type[RequestError], Problem] = {
     RequestError: Problem(500, "Internal error"),
     errors.ProviderFailed: Problem(502, "The model provider failed"),
     StorageUnavailable: Problem(503, "Storage is unavailable"),
+    errors.Overloaded: Problem(503, "The model provider is overloaded"),
     errors.ShuttingDown: Problem(503, "The server is shutting down"),
     errors.ProviderTimeout: Problem(504, "The model provider took too long"),
 }
