@@ -551,7 +551,9 @@ async def test_what_cannot_be_stored_is_taken_out_of_a_reply(
 async def test_a_character_cut_in_two_by_the_provider_is_whole_again(
     chat: Open, first: FakeProvider
 ) -> None:
-    first.always(SSE_HEAD, sse(delta("Hi \ud83d"), delta("\ude00 there"), finished(), "[DONE]"))
+    first.always(
+        SSE_HEAD, sse(json.dumps(delta("Hi \ud83d")), json.dumps(delta("\ude00 there")), finished())
+    )
     here = await chat()
     assert (await here.say()).json["response"] == "Hi 😀 there"
 
