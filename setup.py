@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BUNDLED_PLUGINS = ["echo", "openai_compatible", "openrouter", "sqlite"]
+BUNDLED_PLUGINS = ["echo", "openai_compatible", "openrouter", "postgres", "sqlite", "supabase"]
 
 setup(
     name="chatd",
@@ -32,10 +32,12 @@ setup(
         "jsonschema-rs>=0.40,<1",
         "orjson>=3.10,<4",
         "pluggy>=1.6,<2",
+        "postgrest>=2.20,<3",
         "python-dotenv>=1.1,<2",
         "PyYAML>=6.0.2,<7",
         "tornado>=6.5.5,<7",
     ],
+    extras_require={"postgres": ["asyncpg>=0.30,<1"]},
     entry_points={
         "console_scripts": ["chatd = chatd.cli:main"],
         "chatd": [f"{name} = chatd_plugins.{name}" for name in BUNDLED_PLUGINS],

@@ -1,6 +1,7 @@
 """chatd: a chatbot back end. What stands here is what plugins may import, and all of it."""
 
 from chatd.domain import (
+    MESSAGE_OVERHEAD_CHARS,
     Chatbot,
     ChatbotSettings,
     Message,
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MAX_EVENT_BYTES",
+    "MESSAGE_OVERHEAD_CHARS",
     "BeginTurn",
     "BegunTurn",
     "Chatbot",

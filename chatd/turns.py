@@ -119,7 +119,11 @@ class Turns:
 
     async def open(self) -> None:
         """Clears up after processes that died, and goes on doing so."""
-        await self._storage.sweep()
+        try:
+            await self._storage.sweep()
+        except StorageUnavailable as error:
+            # It comes back by itself, and so does this.
+            log.error("storage is unavailable: %s", error.detail)
         self._keeper = asyncio.create_task(self._keep())
 
     async def start(

@@ -122,15 +122,11 @@ def test_every_setting_of_the_bundled_plugins_is_documented_with_its_default() -
     text = page("docs/configuration.md")
     registry = load_registry()
     storages, providers = bundled(registry.storages), bundled(registry.providers)
-    assert {offer.name for offer in storages} >= {"sqlite"}
+    assert {offer.name for offer in storages} >= {"sqlite", "supabase", "postgres"}
     assert {offer.name for offer in providers} >= {"echo", "openai_compatible", "openrouter"}
     settings = [
-        (section(text, "## `storage`"), f"storage.{name}", document)
-        for offer in storages
-        for name, document in offer.schema.document["properties"].items()
-    ] + [
         (section(text, f"### `use: {offer.name}`"), name, document)
-        for offer in providers
+        for offer in [*storages, *providers]
         for name, document in offer.schema.document["properties"].items()
     ]
     for where, name, document in settings:

