@@ -28,7 +28,11 @@ class PostgresStorage(FunctionStorage):
         self._timeout = timeout
 
     async def close(self) -> None:
-        self._pool.terminate()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._pool.close()
+        except TimeoutError:
+            self._pool.terminate()
 
     async def _call_function(self, function: str, args: Mapping[str, Any]) -> Any:
         import asyncpg  # noqa: PLC0415 - an extra

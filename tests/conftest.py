@@ -9,19 +9,34 @@ from pathlib import Path
 import pytest
 from tornado.ioloop import IOLoop
 
+from tests.postgres import Supabase
 from tests.support import ECHO_CONFIG, Served, open_served
 
 Serve = Callable[[str], Awaitable[Served]]
 
 
+@pytest.fixture(scope="session")
+def database() -> Iterator[Supabase]:
+    """A PostgreSQL and a PostgREST, started when the first test wants them."""
+    supabase = Supabase()
+    yield supabase
+    supabase.close()
+
+
 @pytest.fixture
-def serve(io_loop: IOLoop, tmp_path: Path) -> Iterator[Serve]:
-    """`await serve(text)` serves a configuration, in which `%(db)s` stands for a new database."""
+def storage_config(tmp_path: Path) -> str:
+    """The storage that a served configuration uses; override it to use another."""
+    return f"{{use: sqlite, path: {tmp_path / 'chatd.db'}}}"
+
+
+@pytest.fixture
+def serve(io_loop: IOLoop, tmp_path: Path, storage_config: str) -> Iterator[Serve]:
+    """`await serve(text)` serves a configuration, in which `%(storage)s` stands for a new storage."""
     stack = AsyncExitStack()
 
     async def start(text: str) -> Served:
         path = tmp_path / "chatd.yaml"
-        path.write_text(text.replace("%(db)s", str(tmp_path / "chatd.db")))
+        path.write_text(text.replace("%(storage)s", storage_config))
         return await open_served(path, stack)
 
     yield start

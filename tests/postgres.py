@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import hmac
@@ -14,12 +13,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
-
-import asyncpg
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a-secret-of-at-least-32-characters-for-tests"
@@ -101,17 +97,19 @@ class Postgres:
             self.stop("immediate")
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def execute(self, *scripts: str) -> None:
-        """Runs SQL as the database's owner."""
-        asyncio.run(self._execute(scripts))
-
-    async def _execute(self, scripts: Sequence[str]) -> None:
-        connection = await asyncpg.connect(self.url)
-        try:
-            for script in scripts:
-                await connection.execute(script)
-        finally:
-            await connection.close()
+    def execute(self, *scripts: str) -> str:
+        """Runs SQL as the database's owner, and returns what it prints."""
+        return "".join(
+            subprocess.run(
+                [str(self.bin / "psql"), self.url, "-XqAt", "-v", "ON_ERROR_STOP=1"],
+                input=script,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            ).stdout
+            for script in scripts
+        )
 
 
 class PostgREST:
@@ -177,6 +175,13 @@ class Supabase:
         self.postgres = Postgres()
         self.postgres.execute(ROLES, (ROOT / "schema.sql").read_text())
         self.postgrest = PostgREST(self.postgres)
+
+    def configured(self, plugin: str) -> str:
+        """The storage part of a configuration that uses this database through a plugin."""
+        if plugin == "postgres":
+            return f"{{use: postgres, url: '{self.postgres.url}'}}"
+        url, key = self.postgrest.url, jwt("service_role")
+        return f"{{use: supabase, url: '{url}', rest_path: '', key: {key}}}"
 
     def empty(self) -> None:
         """Removes all rows."""

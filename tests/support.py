@@ -27,7 +27,7 @@ KEY = "test-key-0123456789abcdef"
 ECHO_CONFIG = """
 server:
   allowed_origins: ["https://site.example"]
-storage: {use: sqlite, path: "%(db)s"}
+storage: %(storage)s
 providers:
   main: {use: echo, reply: "You said: {message}"}
 models:

@@ -8,17 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import apsw
 import pytest
 
 from chatd.domain import new_id
 from chatd.errors import RequestError
 from chatd.handlers.problems import PROBLEMS
 from tests.conftest import Serve
+from tests.postgres import Supabase
 from tests.support import ECHO_CONFIG, KEY, Answer, Served
 
 ORIGIN = "https://site.example"
 SLOW_CONFIG = ECHO_CONFIG.replace("use: echo,", "use: echo, word_seconds: 0.2,")
+
+
+@pytest.fixture(params=["sqlite", "supabase", "postgres"])
+def storage_config(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Each test runs on each storage."""
+    if request.param == "sqlite":
+        return f"{{use: sqlite, path: {tmp_path / 'chatd.db'}}}"
+    database: Supabase = request.getfixturevalue("database")
+    database.empty()
+    return database.configured(request.param)
 
 
 def all_errors() -> set[type[RequestError]]:
@@ -519,48 +529,6 @@ async def test_part_of_an_answer_is_shown_and_stored_and_said_to_be_one(
     assert (answer.status, answer.json["finish_reason"]) == (200, "interrupted")
     assert answer.json["response"] == "You"
     assert await served.transcript(bot, session) == [("user", "hi"), ("assistant", "You")]
-
-
-async def test_storage_that_does_not_answer_is_a_503_and_comes_back_by_itself(
-    serve: Serve, tmp_path: Path
-) -> None:
-    served = await serve(ECHO_CONFIG.replace("use: sqlite,", "use: sqlite, busy_timeout: 0.1,"))
-    bot = await served.add_bot()
-    session = await served.session(bot)
-    other = apsw.Connection(str(tmp_path / "chatd.db"))
-    other.execute("BEGIN IMMEDIATE")
-    answer = await served.chat(bot, session, "hi")
-    problem = assert_problem(answer, 503, "storage_unavailable")
-    assert answer.headers["Retry-After"] == "2"
-    assert "sqlite" not in problem["detail"]
-    assert_problem(await served.get("/readyz"), 503, "storage_unavailable")
-    assert (await served.get("/healthz")).status == 200
-    other.execute("ROLLBACK")
-    other.close()
-    assert (await served.get("/readyz")).status == 200
-    assert (await served.chat(bot, session, "hi")).status == 200
-
-
-async def test_an_answer_is_given_although_it_cannot_be_stored_and_is_stored_later(
-    serve: Serve, tmp_path: Path
-) -> None:
-    served = await serve(SLOW_CONFIG.replace("use: sqlite,", "use: sqlite, busy_timeout: 0.1,"))
-    bot = await served.add_bot()
-    session = await served.session(bot)
-    waiting = asyncio.create_task(served.chat(bot, session, "hi"))
-    await asyncio.sleep(0.2)
-    other = apsw.Connection(str(tmp_path / "chatd.db"))
-    other.execute("BEGIN IMMEDIATE")
-    answer = await waiting
-    other.execute("ROLLBACK")
-    other.close()
-    assert (answer.status, answer.json["stored"]) == (200, False)
-    assert answer.json["response"] == "You said: hi"
-    for _ in range(100):
-        if len(transcript := await served.transcript(bot, session)) == 2:
-            break
-        await asyncio.sleep(0.05)
-    assert transcript == [("user", "hi"), ("assistant", "You said: hi")]
 
 
 async def test_a_server_that_shuts_down_takes_no_turns_and_is_not_ready(served: Served) -> None:

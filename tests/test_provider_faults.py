@@ -60,7 +60,7 @@ HTML_TYPE = {"Content-Type": "text/html"}
 MODEL = "test/model"
 CHAIN_MODEL = "chain/model"
 CONFIG = """
-storage: {use: sqlite, path: "%(db)s"}
+storage: %(storage)s
 providers:
   first:
     use: openai_compatible

@@ -359,7 +359,7 @@ async def test_a_turn_through_openrouter_is_stored_with_what_it_cost(
     serve: Serve, aimock: Aimock
 ) -> None:
     served = await serve(f"""
-storage: {{use: sqlite, path: "%(db)s"}}
+storage: %(storage)s
 providers:
   main: {{use: openrouter, api_key: "{KEY}", base_url: "{aimock.url}/api/v1"}}
 models:
@@ -383,7 +383,7 @@ async def test_a_visitors_own_id_stays_here_and_a_pseudonym_goes_to_the_provider
     serve: Serve, fake: FakeProvider
 ) -> None:
     served = await serve(f"""
-storage: {{use: sqlite, path: "%(db)s"}}
+storage: %(storage)s
 providers:
   main: {{use: openrouter, api_key: "{KEY}", base_url: "{fake.url}"}}
 models:

@@ -21,6 +21,9 @@ from chatd.domain import Session, TurnStatus, new_id
 from chatd.errors import PluginError, StorageUnavailable
 from chatd.storage import FinishTurn, Storage
 from chatd.testing.storage import StorageConformance, a_chatbot, a_turn
+from tests.conftest import Serve
+from tests.support import ECHO_CONFIG
+from tests.test_http import SLOW_CONFIG, assert_problem
 
 
 class TestSQLite(StorageConformance):
@@ -224,3 +227,52 @@ async def test_history_of_a_long_session_is_read_only_as_far_as_the_budget_goes(
     begun = await storage.begin_turn(a_turn(session, history_chars=2800))
     assert [m.content for m in begun.history][-1] == "message 9999"  # type: ignore[union-attr]
     assert len(begun.history) == 100  # type: ignore[union-attr]
+
+
+def with_sqlite(text: str, folder: Path) -> str:
+    """A configuration on a file that is not waited for long."""
+    return text.replace(
+        "%(storage)s", f"{{use: sqlite, path: {folder}/chatd.db, busy_timeout: 0.1}}"
+    )
+
+
+async def test_storage_that_does_not_answer_is_a_503_and_comes_back_by_itself(
+    serve: Serve, tmp_path: Path
+) -> None:
+    served = await serve(with_sqlite(ECHO_CONFIG, tmp_path))
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    other = apsw.Connection(str(tmp_path / "chatd.db"))
+    other.execute("BEGIN IMMEDIATE")
+    answer = await served.chat(bot, session, "hi")
+    problem = assert_problem(answer, 503, "storage_unavailable")
+    assert answer.headers["Retry-After"] == "2"
+    assert "sqlite" not in problem["detail"]
+    assert_problem(await served.get("/readyz"), 503, "storage_unavailable")
+    assert (await served.get("/healthz")).status == 200
+    other.execute("ROLLBACK")
+    other.close()
+    assert (await served.get("/readyz")).status == 200
+    assert (await served.chat(bot, session, "hi")).status == 200
+
+
+async def test_an_answer_is_given_although_it_cannot_be_stored_and_is_stored_later(
+    serve: Serve, tmp_path: Path
+) -> None:
+    served = await serve(with_sqlite(SLOW_CONFIG, tmp_path))
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    waiting = asyncio.create_task(served.chat(bot, session, "hi"))
+    await asyncio.sleep(0.2)
+    other = apsw.Connection(str(tmp_path / "chatd.db"))
+    other.execute("BEGIN IMMEDIATE")
+    answer = await waiting
+    other.execute("ROLLBACK")
+    other.close()
+    assert (answer.status, answer.json["stored"]) == (200, False)
+    assert answer.json["response"] == "You said: hi"
+    for _ in range(100):
+        if len(transcript := await served.transcript(bot, session)) == 2:
+            break
+        await asyncio.sleep(0.05)
+    assert transcript == [("user", "hi"), ("assistant", "You said: hi")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import pytest
 from chatd_plugins.postgres import open_postgres
@@ -11,14 +11,6 @@ from chatd_plugins.supabase import open_supabase
 from chatd.storage import Storage
 from chatd.testing import StorageConformance
 from tests.postgres import Supabase, jwt
-
-
-@pytest.fixture(scope="session")
-def database() -> Iterator[Supabase]:
-    """The servers, started once."""
-    supabase = Supabase()
-    yield supabase
-    supabase.close()
 
 
 class TestSupabase(StorageConformance):
