@@ -47,6 +47,7 @@ CREATE TABLE IF NOT EXISTS public.turns (
     request_hash text,
     lease_until timestamptz NOT NULL,
     rerunnable boolean NOT NULL DEFAULT false,
+    run integer NOT NULL DEFAULT 1,
     reply_id bigint,
     model text,
     provider text,
@@ -104,7 +105,7 @@ $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_turn_json(wanted uuid) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = '' AS $$
-    SELECT to_jsonb(t) - '{seq,lease_until,idempotency_key,request_hash,rerunnable}'::text[]
+    SELECT to_jsonb(t) - '{seq,run,lease_until,idempotency_key,request_hash,rerunnable}'::text[]
         || jsonb_build_object('chatbot_id', s.chatbot_id, 'reply', c.content)
     FROM public.turns t
     JOIN public.sessions s ON s.session_id = t.session_id
@@ -131,7 +132,15 @@ CREATE OR REPLACE FUNCTION public.chatd_update_chatbot(args jsonb) RETURNS jsonb
 LANGUAGE plpgsql SET search_path = '' AS $$
 BEGIN
     UPDATE public.chatbots SET name = args->>'name', model_name = args->>'model',
-        api_key = args->>'api_key', settings = args->'settings', updated_at = now()
+        settings = args->'settings', updated_at = now()
+    WHERE id = (args->>'id')::uuid;
+    RETURN to_jsonb(FOUND);
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_set_api_key(args jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+BEGIN
+    UPDATE public.chatbots SET api_key = args->>'api_key', updated_at = now()
     WHERE id = (args->>'id')::uuid;
     RETURN to_jsonb(FOUND);
 EXCEPTION WHEN unique_violation THEN
@@ -272,6 +281,10 @@ BEGIN
     IF running = turn THEN
         RETURN public.chatd_begun(item, turn, visitor);
     END IF;
+    PERFORM FROM public.turns t WHERE t.turn_id = turn AND t.session_id = session;
+    IF FOUND THEN
+        RETURN jsonb_build_object('existing', public.chatd_turn_json(turn));
+    END IF;
     SELECT coalesce(max(t.seq), 0) INTO newest FROM public.turns t WHERE t.session_id = session;
     IF idempotency IS NOT NULL THEN
         SELECT t.* INTO known FROM public.turns t
@@ -281,7 +294,7 @@ BEGIN
         ELSIF known.rerunnable OR (known.status = 'interrupted' AND known.reply_id IS NULL) THEN
             IF known.request_hash IS NOT DISTINCT FROM item->>'request_hash'
                 AND known.seq = newest THEN
-                UPDATE public.turns t SET status = 'running', rerunnable = false,
+                UPDATE public.turns t SET status = 'running', run = t.run + 1, rerunnable = false,
                     error_code = NULL, finished_at = NULL, lease_until = lease
                 WHERE t.turn_id = known.turn_id;
                 RETURN public.chatd_begun(item, known.turn_id, visitor);
@@ -311,7 +324,8 @@ CREATE OR REPLACE FUNCTION public.chatd_begun(item jsonb, turn uuid, visitor tex
 LANGUAGE sql STABLE SET search_path = '' AS $$
     SELECT public.chatd_history((item->>'session_id')::uuid, turn,
         (item->>'history_chars')::bigint, (item->>'overhead_chars')::integer)
-        || jsonb_build_object('turn_id', turn, 'user_id', visitor)
+        || jsonb_build_object('turn_id', turn, 'user_id', visitor,
+            'run', (SELECT t.run FROM public.turns t WHERE t.turn_id = turn))
 $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_finish_turn(item jsonb) RETURNS jsonb
@@ -323,9 +337,9 @@ DECLARE
 BEGIN
     SELECT t.session_id INTO known FROM public.turns t WHERE t.turn_id = turn;
     PERFORM FROM public.sessions s WHERE s.session_id = known.session_id FOR NO KEY UPDATE;
-    SELECT t.session_id, t.status, t.error_code, t.seq INTO known
+    SELECT t.session_id, t.status, t.error_code, t.seq, t.run INTO known
     FROM public.turns t WHERE t.turn_id = turn;
-    IF NOT FOUND THEN
+    IF NOT FOUND OR known.run <> (item->>'run')::integer THEN
         RETURN 'false';
     END IF;
     IF known.status <> 'running' THEN
@@ -397,12 +411,21 @@ END $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_renew_turns(args jsonb) RETURNS jsonb
 LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    lost jsonb;
 BEGIN
-    UPDATE public.turns t
-    SET lease_until = clock_timestamp() + (args->>'lease_seconds')::float8 * interval '1 second'
-    WHERE t.status = 'running'
-        AND t.turn_id IN (SELECT v::uuid FROM jsonb_array_elements_text(args->'turn_ids') v);
-    RETURN '{}';
+    WITH asked AS (
+        SELECT (v->>0)::uuid AS turn_id, (v->>1)::integer AS run
+        FROM jsonb_array_elements(args->'turns') v),
+    renewed AS (
+        UPDATE public.turns t SET lease_until =
+            clock_timestamp() + (args->>'lease_seconds')::float8 * interval '1 second'
+        FROM asked a
+        WHERE t.turn_id = a.turn_id AND t.run = a.run AND t.status = 'running'
+        RETURNING t.turn_id)
+    SELECT coalesce(jsonb_agg(a.turn_id), '[]') INTO lost FROM asked a
+    WHERE a.turn_id NOT IN (SELECT r.turn_id FROM renewed r);
+    RETURN lost;
 END $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_get_turn(args jsonb) RETURNS jsonb

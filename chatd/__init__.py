@@ -22,6 +22,7 @@ from chatd.errors import (
     TurnInProgress,
     TurnRefused,
 )
+from chatd.handlers.base import ApiHandler as Handler
 from chatd.hookspecs import hookimpl
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.offers import (
@@ -70,6 +71,7 @@ __all__ = [
     "Finish",
     "FinishReason",
     "FinishTurn",
+    "Handler",
     "IdempotencyKeyReused",
     "Interceptor",
     "InterceptorRegister",

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
-from chatd.domain import Chatbot, Session
+from chatd.domain import Channel, Chatbot
 from chatd.errors import InvalidApiKey, NotFound, OriginNotAllowed, StorageUnavailable
 from chatd.storage import Storage
 
@@ -61,8 +61,9 @@ class Access:
         cache_seconds: float,
     ) -> None:
         self._chatbots = _Cache(storage.get_chatbot, cache_seconds)
+        self._storage = storage
         # A session's chatbot and channel never change, and a turn asks storage for it anyway.
-        self._sessions = _Cache(storage.get_session, 3600)
+        self._sessions = _Cache(self._session, 3600)
         self._origins = _Cache[None, frozenset[str]](
             lambda _: storage.allowed_origins(), cache_seconds
         )
@@ -87,10 +88,16 @@ class Access:
 
     async def widget_session(self, session_id: str) -> Chatbot:
         """The chatbot of a session that its id alone opens. Raises `NotFound`."""
-        session: Session | None = await self._sessions.get(session_id)
-        if session is None or session.channel == "api":
+        session = await self._sessions.get(session_id)
+        chatbot = await self._chatbots.get(session[0]) if session else None
+        if session is None or session[1] == "api" or chatbot is None:
             raise NotFound("There is no widget session with this id.")
-        return await self.chatbot(session.chatbot_id)
+        return chatbot
+
+    async def _session(self, session_id: str) -> tuple[str, Channel | None] | None:
+        """A session's chatbot and channel; the rest of it is not kept in memory."""
+        session = await self._storage.get_session(session_id)
+        return (session.chatbot_id, session.channel) if session else None
 
     def allows_origin(self, origin: str, chatbot: Chatbot) -> bool:
         """Whether pages of `origin` may talk to `chatbot`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import logging
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from chatd.config import Config, ConfigFile, Offers
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
 from chatd.handlers import chat, docs, health, sessions
-from chatd.handlers.base import ApiHandler, Route, Services, UnknownPathHandler
+from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
 from chatd.offers import Offer
 from chatd.provider import Provider
@@ -28,6 +29,11 @@ from chatd.registry import Registry, load_registry
 from chatd.routing import Router, Rule, Target
 from chatd.storage import Storage
 from chatd.turns import Turns
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10.0
+"""How long a plugin may take to close."""
 
 OPEN_SECONDS = 30.0
 """How long a plugin may take to open before the start is given up."""
@@ -76,6 +82,15 @@ async def _opened(what: str, offer: Offer[T], settings: Any) -> T:
         ) from error
 
 
+async def _closed(what: str, close: Callable[[], Awaitable[None]]) -> None:
+    """Closes one thing of a plugin's; one that cannot be closed is named, and the rest goes on."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await close()
+    except Exception as error:
+        log.error("%s could not be closed: %s", what, logs.trace(error))
+
+
 async def open_storage(config: Config, registry: Registry) -> Storage:
     """The storage of the configuration. The caller closes it. Raises `PluginError`."""
     use = config.storage
@@ -90,7 +105,7 @@ async def open_providers(
     for name, provider in config.providers.items():
         offer = registry.providers[provider.use.name]
         providers[name] = await _opened(f"providers.{name}", offer, provider.use.settings)
-        stack.push_async_callback(providers[name].close)
+        stack.push_async_callback(_closed, f"providers.{name}", providers[name].close)
     return providers
 
 
@@ -128,7 +143,7 @@ class Runtime:
 async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack) -> Runtime:
     """Opens everything; `stack` closes it in the right order. Raises `PluginError`."""
     storage = await open_storage(config, registry)
-    stack.push_async_callback(storage.close)
+    stack.push_async_callback(_closed, "storage", storage.close)
     router = route_models(config, await open_providers(config, registry, stack))
     interceptors: list[tuple[str, Interceptor]] = []
     for use in config.interceptors:
@@ -136,7 +151,7 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
         interceptors.append(
             (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
         )
-        stack.push_async_callback(interceptors[-1][1].close)
+        stack.push_async_callback(_closed, f"interceptor {use.name}", interceptors[-1][1].close)
     turns = Turns(storage, router, interceptors)
     stack.push_async_callback(turns.close)
     await turns.open()
@@ -182,12 +197,30 @@ def build_application(
         (route.pattern, route.handler, {"services": services, "route": route, **route.arguments})
         for route in routes()
     ]
+    rules += [
+        (pattern, handler, {"services": services, "route": _plugin_route(pattern, handler)})
+        for pattern, handler in plugin_routes
+    ]
     return Application(
-        [*rules, *plugin_routes],
+        rules,
         default_handler_class=UnknownPathHandler,
         default_handler_args={"services": services},
         log_function=_log_request,
     )
+
+
+def _plugin_route(pattern: str, handler: type[RequestHandler]) -> Route:
+    """A plugin's endpoint, held to the same limits and errors as chatd's own."""
+    if not issubclass(handler, ApiHandler):
+        raise PluginError(
+            f'the handler of the route "{pattern}" must be a subclass of chatd.Handler'
+        )
+    methods = [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if getattr(handler, method.lower()) is not getattr(ApiHandler, method.lower())
+    ]
+    return Route(pattern, handler, {m: Operation(summary="", auth="none") for m in methods})
 
 
 def _log_request(handler: RequestHandler) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ from chatd.validation import MAX_DEPTH, Path, Schema, did_you_mean, schema
 _REFERENCE = re.compile(
     r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?:(?P<how>:[-+])(?P<text>[^}]*))?)\}"
 )
+MAX_VALUES = 100_000
+"""Values that a configuration may hold."""
+
 _TYPED = ("int", "float", "bool", "null", "str")
 
 
@@ -158,6 +162,9 @@ class ConfigFile:
         except yaml.YAMLError as error:
             self._faults.append((1, f"not valid YAML: {error}"))
             return None
+        except RecursionError:
+            self._faults.append((1, "not valid YAML: nested too deep"))
+            return None
         finally:
             loader.dispose()
         if node is None:
@@ -167,6 +174,9 @@ class ConfigFile:
 
     def _value(self, node: yaml.Node, path: Path) -> Any:
         self._lines.setdefault(path, node.start_mark.line + 1)
+        if len(self._lines) > MAX_VALUES:
+            # Aliases can multiply a small file.
+            raise ConfigError([f"{self.path}:1: the file holds more than {MAX_VALUES} values"])
         if len(path) > MAX_DEPTH:
             # Only an alias to what it stands in gets here.
             self._faults.append((self._lines[path[:1]], f"{_dotted(path[:1])}: holds itself"))
@@ -208,9 +218,13 @@ class ConfigFile:
             tag = "tag:yaml.org,2002:str"
         try:
             constructor = yaml.SafeLoader("")
-            return constructor.construct_object(yaml.ScalarNode(tag, text))
+            value = constructor.construct_object(yaml.ScalarNode(tag, text))
         except (yaml.YAMLError, ValueError):
             return text
+        if isinstance(value, float) and not math.isfinite(value):
+            self._faults.append((node.start_mark.line + 1, f"{_dotted(path)}: must be finite"))
+            return 0
+        return value
 
     def _resolve(self, match: re.Match[str], node: yaml.Node, path: Path) -> str:
         line = node.start_mark.line + 1

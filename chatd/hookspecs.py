@@ -47,8 +47,9 @@ def chatd_register_interceptor(register: InterceptorRegister) -> None:
 def chatd_register_routes(register: RouteRegister) -> None:
     """Offer further endpoints.
 
-    :param register: call its `add(path, handler)` with a `tornado.web.RequestHandler` class;
-        the path is under `/x/`, which chatd itself never uses.
+    :param register: call its `add(path, handler)` with a subclass of `chatd.Handler`, a Tornado
+        handler with chatd's limits and errors; the path is a regular expression of Tornado's under
+        `/x/`, which chatd itself never uses.
     """
 
 

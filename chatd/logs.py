@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -45,7 +46,7 @@ class TextFormatter(logging.Formatter):
             code = f" {fields['code']}" if fields.get("code") else ""
             text = (
                 f"{fields['method']} {fields['route']} {fields['status']}{code} {fields['ms']} ms"
-                f"  [{fields['request_id']}]"
+                f"  [{fields.get('request_id', '-')}]"
             )
         else:
             text = f"{record.levelname.lower()}: {record.getMessage()}"
@@ -54,6 +55,11 @@ class TextFormatter(logging.Formatter):
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return f"{time} {text}"
+
+
+def trace(error: BaseException) -> str:
+    """Where an exception came from and its kind, without its text: that may hold what was said."""
+    return f"{type(error).__name__}\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip()
 
 
 def set_up(level: str) -> None:

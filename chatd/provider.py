@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from chatd.domain import Message, Usage
 
@@ -77,6 +78,37 @@ class Finish:
 
 
 Event = TextDelta | ReasoningDelta | UsageReport | Finish
+
+
+def checked(event: Any) -> Event:
+    """`event`, if it is one. Raises `TypeError` or `ValueError` for what no plugin may yield."""
+    match event:
+        case TextDelta(text) | ReasoningDelta(text):
+            if not isinstance(text, str):
+                raise TypeError(f"{type(event).__name__} with {type(text).__name__} as text")
+        case UsageReport(usage):
+            _check_usage(usage)
+        case Finish(reason, model):
+            if reason not in get_args(FinishReason):
+                raise ValueError("Finish with a reason that is none")
+            if model is not None and not isinstance(model, str):
+                raise TypeError(f"Finish with {type(model).__name__} as model")
+        case _:
+            raise TypeError(f"{type(event).__name__} is not an event")
+    known: Event = event
+    return known
+
+
+def _check_usage(usage: Any) -> None:
+    if not isinstance(usage, Usage):
+        raise TypeError(f"UsageReport with {type(usage).__name__}")
+    counts = (usage.input_tokens, usage.output_tokens, usage.cached_tokens, usage.reasoning_tokens)
+    for count in counts:
+        if count is not None and not (type(count) is int and 0 <= count < 2**53):
+            raise ValueError("UsageReport with a count that is none")
+    cost = usage.cost_usd
+    if cost is not None and not (isinstance(cost, int | float) and 0 <= cost < math.inf):
+        raise ValueError("UsageReport with a cost that is none")
 
 
 class Provider(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -92,3 +93,8 @@ async def serve(config: Config, registry: Registry, ready: Ready) -> None:
         await asyncio.sleep(0.1)
         await server.close_all_connections()
     log.info("stopped")
+    if runtime.services.turns.stuck:
+        # The event loop would wait for them for ever.
+        log.error("%s turns do not end; the process does", len(runtime.services.turns.stuck))
+        logging.shutdown()
+        os._exit(0)

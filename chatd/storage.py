@@ -41,13 +41,15 @@ class BegunTurn:
     """The turn runs. Its id is the request's, or that of the earlier turn it runs again.
 
     `history` is oldest first and holds whole turns only; `history_truncated` says that older
-    ones were left out for the budget. `user_id` is the session's.
+    ones were left out for the budget. `user_id` is the session's. `run` grows each time the turn
+    runs again, and fences off who ran it before.
     """
 
     turn_id: str
     history: Sequence[Message]
     history_truncated: bool
     user_id: str | None = None
+    run: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class ExistingTurn:
 class FinishTurn:
     """How a turn ended. `status` is any but `running`; an empty `reply` stores no message.
 
+    `run` is what `BegunTurn` said.
+
     `rerunnable` says that no model was reached, so that the same idempotency key may run it
     again.
     """
@@ -97,6 +101,7 @@ class FinishTurn:
     usage: Usage = Usage()
     attempts: Sequence[Mapping[str, Any]] = ()
     rerunnable: bool = False
+    run: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,10 @@ class Storage(Protocol):
         """All chatbots, oldest first."""
 
     async def update_chatbot(self, chatbot: Chatbot) -> bool:
-        """Replaces name, model, key and settings; False when there is no such chatbot.
+        """Replaces name, model and settings, and not the key; False when there is no such chatbot."""
+
+    async def set_api_key(self, chatbot_id: str, api_key_hash: bytes) -> bool:
+        """Replaces the key; False when there is no such chatbot.
 
         Raises `ConflictError` when the key is another chatbot's.
         """
@@ -168,8 +176,8 @@ class Storage(Protocol):
 
         1. no such session of this chatbot: `NotFound`;
         2. a running turn whose lease ran out becomes `interrupted`;
-        3. the turn with this `turn_id` runs: it is returned as if begun now, nothing is stored
-           twice;
+        3. the session has a turn with this `turn_id`: while it runs it is returned as if begun
+           now, after its end as `ExistingTurn`; nothing is stored twice;
         4. the idempotency key is known: with another body `IdempotencyKeyReused`; else the
            turn is returned as `ExistingTurn`. But a turn that ended `rerunnable`, or was
            interrupted before a word of reply was stored, has nothing to replay: when it is the
@@ -188,11 +196,17 @@ class Storage(Protocol):
 
         Repeated, it changes nothing and says True. A turn that was interrupted meanwhile (its
         lease ran out) is still finished as long as no newer turn began in its session; after
-        that, and when the session is gone, nothing is stored and the answer is False.
+        that, when the turn runs again (a newer `run`), and when the session is gone, nothing is
+        stored and the answer is False.
         """
 
-    async def renew_turns(self, turn_ids: Sequence[str], lease_seconds: float) -> None:
-        """Lets the leases of these turns, so far as they run, end `lease_seconds` from now."""
+    async def renew_turns(
+        self, turns: Sequence[tuple[str, int]], lease_seconds: float
+    ) -> frozenset[str]:
+        """Lets the leases of these turns (id and run) end `lease_seconds` from now.
+
+        Returns the ids of those that run no more, or run again elsewhere: they are lost.
+        """
 
     async def get_turn(self, turn_id: str, chatbot_id: str) -> TurnRecord | None:
         """A turn of this chatbot."""

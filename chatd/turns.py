@@ -16,9 +16,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from chatd import logs
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
 from chatd.errors import (
     InvalidRequest,
+    NotFound,
     Overloaded,
     ProviderError,
     ProviderErrorKind,
@@ -30,8 +32,8 @@ from chatd.errors import (
     StorageUnavailable,
 )
 from chatd.interceptor import Interceptor, Proceed, TurnContext
-from chatd.provider import Event, Finish, ProviderRequest, TextDelta, UsageReport
-from chatd.routing import Attempt, Router
+from chatd.provider import Event, Finish, ProviderRequest, TextDelta, Timeouts, UsageReport, checked
+from chatd.routing import Attempt, Router, total_usage
 from chatd.storage import BeginTurn, BegunTurn, FinishTurn, Storage
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,12 @@ STORE_SECONDS = 2.0
 
 STORE_LATER_SECONDS = 60.0
 """How long storing is tried again after that."""
+
+GIVE_UP_SECONDS = 2.0
+"""How long after its deadline a turn may take to be cancelled before it is ended without."""
+
+MAX_MODELS = 1000
+"""Models whose tokens are measured; there are as many as chatbots use."""
 
 MAX_RETRY_AFTER = 60.0
 """The most seconds a client is told to wait, whatever a provider asks."""
@@ -76,17 +84,22 @@ class RunningTurn:
     """A turn that runs."""
 
     id: str
+    run: int
     session_id: str
     chatbot: Chatbot
     history_truncated: bool
+    prompt_chars: int
     parts: list[str] = field(default_factory=list)
     usage: Usage = Usage()
     finish: Finish | None = None
     attempts: list[Attempt] = field(default_factory=list)
-    _half: str = ""
+    answering: bool = True
+    interrupted: bool = False
+    task: asyncio.Task[None] | None = None
     ended: asyncio.Future[TurnResult] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
+    _half: str = ""
 
     def say(self, text: str) -> None:
         """Adds to the answer what storage can hold of it: no U+0000, no half of a character."""
@@ -94,6 +107,12 @@ class RunningTurn:
         self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         if whole := storable(text[: -len(self._half) or None]):
             self.parts.append(whole)
+
+    def interrupt(self) -> None:
+        """Ends the answering, if it goes on; what was said is kept."""
+        if self.answering and self.task is not None:
+            self.interrupted = True
+            self.task.cancel()
 
     async def result(self) -> TurnResult:
         """How the turn ended, once it has. Cancelling the wait does not touch the turn."""
@@ -113,9 +132,14 @@ class Turns:
         self._router = router
         self._interceptors = tuple(interceptors)
         self._running: dict[str, RunningTurn] = {}
+        self._unstored: dict[str, FinishTurn] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._chars_per_token: dict[str, float] = {}
         self._keeper: asyncio.Task[None] | None = None
+        self._starting = 0
         self._closing = False
+        self.stuck: set[asyncio.Task[None]] = set()
+        """Tasks of turns that were given up because a plugin in them does not end."""
 
     async def open(self) -> None:
         """Clears up after processes that died, and goes on doing so."""
@@ -138,47 +162,92 @@ class Turns:
         """Begins a turn and lets it run. Raises `RequestError` when it cannot begin."""
         if self._closing:
             raise ShuttingDown
+        self._starting += 1
+        try:
+            return await self._start(chatbot, session_id, messages, label, stream)
+        finally:
+            self._starting -= 1
+
+    async def _start(
+        self,
+        chatbot: Chatbot,
+        session_id: str,
+        messages: Sequence[Message],
+        label: str | None,
+        stream: bool,
+    ) -> RunningTurn:
+        accepted = asyncio.get_running_loop().time()
         settings = chatbot.settings
         system = [Message("system", settings.system_prompt)] if settings.system_prompt else []
         given = sum(message.cost_chars for message in (*system, *messages))
-        begin = BeginTurn(
-            turn_id=new_id(),
-            session_id=session_id,
-            chatbot_id=chatbot.id,
-            messages=messages,
-            history_chars=max(0, settings.context_tokens * CHARS_PER_TOKEN - given),
-            lease_seconds=LEASE_SECONDS,
-            label=label,
+        budget = settings.context_tokens * self._chars_per_token.get(chatbot.model, CHARS_PER_TOKEN)
+        begun = await self._begin(
+            BeginTurn(
+                turn_id=new_id(),
+                session_id=session_id,
+                chatbot_id=chatbot.id,
+                messages=messages,
+                history_chars=max(0, int(budget) - given),
+                lease_seconds=LEASE_SECONDS,
+                label=label,
+            )
         )
-        try:
-            async with asyncio.timeout(BEGIN_SECONDS):
-                begun = await self._storage.begin_turn(begin)
-        except TimeoutError:
-            raise StorageUnavailable(f"begin_turn took more than {BEGIN_SECONDS} s") from None
-        assert isinstance(begun, BegunTurn), "without an idempotency key every turn is new"
-        turn = RunningTurn(begun.turn_id, session_id, chatbot, begun.history_truncated)
+        asked = (*system, *begun.history, *messages)
         request = ProviderRequest(
             model=chatbot.model,
-            messages=(*system, *begun.history, *messages),
+            messages=asked,
             stream=stream,
             max_output_tokens=settings.max_output_tokens,
             temperature=settings.temperature,
-            user=_pseudonym(chatbot.id, begun.user_id) if begun.user_id else session_id,
+            user=_pseudonym(chatbot.id, begun.user_id or session_id),
+            # Not the id itself: a widget's session is opened by it.
+            session_id=_pseudonym(chatbot.id, session_id),
+        )
+        turn = RunningTurn(
+            id=begun.turn_id,
+            run=begun.run,
             session_id=session_id,
+            chatbot=chatbot,
+            history_truncated=begun.history_truncated,
+            prompt_chars=sum(len(message.content) for message in asked),
         )
         self._running[turn.id] = turn
-        self._spawn(self._run(turn, request))
+        turn.task = self._spawn(self._run(turn, request, accepted + self._deadline(request)))
         return turn
+
+    async def _begin(self, request: BeginTurn) -> BegunTurn:
+        try:
+            async with asyncio.timeout(BEGIN_SECONDS):
+                begun = await self._storage.begin_turn(request)
+        except (TimeoutError, StorageUnavailable) as error:
+            # It may have begun all the same, and nobody would run it.
+            self._spawn(self._take_back(request.turn_id))
+            if isinstance(error, StorageUnavailable):
+                raise
+            raise StorageUnavailable(f"begin_turn took more than {BEGIN_SECONDS} s") from None
+        except NotFound:
+            raise NotFound("This chatbot has no session with this id.") from None
+        assert isinstance(begun, BegunTurn), "without an idempotency key every turn is new"
+        return begun
 
     async def drain(self, seconds: float) -> None:
         """Begins no more turns, and waits that long for those that run; the rest is interrupted."""
         self._closing = True
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=seconds)
-            for task in late:
-                task.cancel()
-            if late:
-                await asyncio.wait(late, timeout=STORE_SECONDS * 2)
+        await self._until_idle(seconds)
+        for turn in list(self._running.values()):
+            turn.interrupt()
+        await self._until_idle(STORE_SECONDS * 2)
+        for task in self._tasks:
+            task.cancel()
+
+    async def _until_idle(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (self._starting or self._tasks) and (left := end - loop.time()) > 0:
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=min(left, 0.1))
+            else:
+                await asyncio.sleep(min(left, 0.01))
 
     async def close(self) -> None:
         """Ends what is left. Called once, after `drain`."""
@@ -193,78 +262,102 @@ class Turns:
         """Whether no more turns are begun."""
         return self._closing
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _keep(self) -> None:
         """Renews the leases of running turns, and ends those of processes that are gone."""
         while True:
             await asyncio.sleep(LEASE_SECONDS / 3)
+            turns = [(turn.id, turn.run) for turn in self._running.values()]
+            turns += [(finish.turn_id, finish.run) for finish in self._unstored.values()]
             try:
-                if self._running:
-                    await self._storage.renew_turns(list(self._running), LEASE_SECONDS)
-                await self._storage.sweep()
-            except StorageUnavailable as error:
-                log.warning("leases cannot be renewed: %s", error.detail)
+                async with asyncio.timeout(LEASE_SECONDS / 3):
+                    if turns:
+                        await self._storage.renew_turns(turns, LEASE_SECONDS)
+                    await self._storage.sweep()
+            except (TimeoutError, StorageUnavailable) as error:
+                log.warning("leases cannot be renewed: %s", error or "no answer in time")
             except Exception:
                 log.exception("storage raised what no storage should while renewing leases")
 
-    async def _run(self, turn: RunningTurn, request: ProviderRequest) -> None:
+    async def _run(self, turn: RunningTurn, request: ProviderRequest, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        # A plugin may not let itself be cancelled; its turn ends all the same.
+        giving_up = loop.call_at(deadline + GIVE_UP_SECONDS, self._give_up, turn)
         try:
-            status, error = await self._answer(turn, request)
-            await self._end(turn, status, error)
-        except Exception:
-            log.exception("turn %s failed in chatd itself", turn.id)
-            await self._store(FinishTurn(turn.id, TurnStatus.FAILED, error_code=RequestError.code))
-            if not turn.ended.done():
-                turn.ended.set_exception(RequestError())
+            status, error = await self._answer(turn, request, deadline)
         finally:
-            self._running.pop(turn.id, None)
+            giving_up.cancel()
+        if turn.answering:
+            turn.answering = False
+            await self._end(turn, status, error)
+
+    def _give_up(self, turn: RunningTurn) -> None:
+        """Ends a turn whose task does not end."""
+        log.error("turn %s was given up: %s does not end", turn.id, _asked(turn))
+        turn.answering = False
+        if turn.task is not None:
+            self._tasks.discard(turn.task)
+            self.stuck.add(turn.task)
+            turn.task.add_done_callback(self.stuck.discard)
+        status = TurnStatus.INTERRUPTED if turn.parts else TurnStatus.FAILED
+        self._spawn(self._end(turn, status, ProviderTimeout()))
 
     async def _answer(
-        self, turn: RunningTurn, request: ProviderRequest
+        self, turn: RunningTurn, request: ProviderRequest, deadline: float
     ) -> tuple[TurnStatus, RequestError | None]:
         """Collects the answer, and says how it ended."""
+        scope = asyncio.timeout_at(deadline)
         try:
-            async with asyncio.timeout(self._deadline(request)):
-                async with aclosing(self._events(turn, request)) as events:
-                    async for event in events:
-                        match event:
-                            case TextDelta(text):
-                                turn.say(text)
-                            case UsageReport(usage):
-                                turn.usage = usage
-                            case Finish():
-                                turn.finish = event
+            async with scope, aclosing(self._events(turn, request)) as events:
+                async for event in events:
+                    match event:
+                        case TextDelta(text):
+                            turn.say(text)
+                        case UsageReport(usage):
+                            turn.usage = usage
+                        case Finish():
+                            turn.finish = event
             if turn.finish is not None and turn.parts:
                 return TurnStatus.COMPLETED, None
+            log.warning("turn %s has no answer: %s said nothing", turn.id, _asked(turn))
             error: RequestError = ProviderFailed()
-        except TimeoutError:
-            error = ProviderTimeout()
-            if turn.attempts:
-                late = turn.attempts[-1]
-                late.error = ProviderErrorKind.TIMEOUT
-                log.warning("provider %s did not answer turn %s in time", late.provider, turn.id)
-        except ProviderError as failure:
-            error = _told(failure)
-        except RequestError as refused:
-            error = refused
-        except asyncio.CancelledError:
-            # Cancelled only by `drain`: what was said is kept.
-            error = ShuttingDown()
-            return TurnStatus.INTERRUPTED, error
-        except Exception:
-            # Its plugin was named where it was raised.
-            error = RequestError()
+        except asyncio.CancelledError as cancelled:
+            task = asyncio.current_task()
+            if turn.interrupted and task is not None:
+                task.uncancel()
+                error = ShuttingDown()
+            else:
+                error = self._failed(turn, cancelled)
+        except Exception as failure:
+            if scope.expired():
+                error = ProviderTimeout()
+                if turn.attempts:
+                    turn.attempts[-1].fail(ProviderErrorKind.TIMEOUT, reached_model=True)
+                log.warning("turn %s: %s did not answer in time", turn.id, _asked(turn))
+            else:
+                error = self._failed(turn, failure)
         return (TurnStatus.INTERRUPTED if turn.parts else TurnStatus.FAILED), error
 
-    def _deadline(self, request: ProviderRequest) -> float | None:
+    def _failed(self, turn: RunningTurn, failure: BaseException) -> RequestError:
+        """What the client is told of what ended the answering."""
+        if isinstance(failure, ProviderError):
+            return _told(failure)
+        if isinstance(failure, RequestError):
+            return failure
+        if not isinstance(failure, _PluginFailed):
+            log.error("turn %s failed: %s", turn.id, logs.trace(failure))
+        return RequestError()
+
+    def _deadline(self, request: ProviderRequest) -> float:
+        """How many seconds a turn may take from being accepted."""
         chain = self._router.chain(request.model)
-        if not chain:
-            return None
-        return chain[0].timeouts.total if request.stream else chain[0].timeouts.plain
+        timeouts = chain[0].timeouts if chain else Timeouts()
+        return timeouts.total if request.stream else timeouts.plain
 
     def _events(self, turn: RunningTurn, request: ProviderRequest) -> AsyncGenerator[Event, None]:
         """The events of the turn, through the interceptors in their order."""
@@ -280,6 +373,7 @@ class Turns:
         return proceed(TurnContext(turn.id, turn.session_id, turn.chatbot, request.messages))
 
     async def _end(self, turn: RunningTurn, status: TurnStatus, error: RequestError | None) -> None:
+        """Stores how a turn ended, and tells who waits for it."""
         reply = "".join(turn.parts)
         answered = turn.attempts[-1] if turn.attempts else None
         model = turn.finish.model if turn.finish else None
@@ -287,61 +381,98 @@ class Turns:
             model = answered.model
         model = model and storable(model)
         finish_reason = turn.finish.reason if turn.finish else None
+        usage = total_usage(turn.attempts) or turn.usage
         finish = FinishTurn(
             turn_id=turn.id,
+            run=turn.run,
             status=status,
             reply=reply,
             model=model,
             provider=answered.provider if answered else None,
             finish_reason=finish_reason,
             error_code=error.code if error else None,
-            usage=turn.usage,
+            usage=usage,
             attempts=[attempt.to_json() for attempt in turn.attempts],
-            rerunnable=status is TurnStatus.FAILED and not _reached_model(turn),
+            rerunnable=status is TurnStatus.FAILED
+            and not any(attempt.reached_model for attempt in turn.attempts),
         )
-        stored = await self._store(finish)
-        turn.ended.set_result(
-            TurnResult(
-                turn_id=turn.id,
-                status=status,
-                reply=reply,
-                model=model,
-                usage=turn.usage,
-                finish_reason=finish_reason or (status.value if reply else None),
-                history_truncated=turn.history_truncated,
-                stored=stored,
-                # Part of an answer is shown, and `finish_reason` tells that it is one.
-                error=None if reply else error,
+        stored = False
+        try:
+            stored = await self._store(finish)
+        finally:
+            self._running.pop(turn.id, None)
+            turn.ended.set_result(
+                TurnResult(
+                    turn_id=turn.id,
+                    status=status,
+                    reply=reply,
+                    model=model,
+                    usage=usage,
+                    finish_reason=finish_reason or (status.value if reply else None),
+                    history_truncated=turn.history_truncated,
+                    stored=stored,
+                    # Part of an answer is shown, and `finish_reason` tells that it is one.
+                    error=None if reply else error,
+                )
             )
-        )
+        self._learn(turn, usage)
+
+    def _learn(self, turn: RunningTurn, usage: Usage) -> None:
+        """Lets what a provider counted of the prompt mend the estimate of a token's characters."""
+        if len(turn.attempts) == 1 and usage.input_tokens and turn.prompt_chars:
+            counted = min(max(turn.prompt_chars / usage.input_tokens, 1.0), 8.0)
+            model = turn.chatbot.model
+            known = self._chars_per_token.get(model, float(CHARS_PER_TOKEN))
+            if model in self._chars_per_token or len(self._chars_per_token) < MAX_MODELS:
+                self._chars_per_token[model] = 0.8 * known + 0.2 * counted
 
     async def _store(self, finish: FinishTurn) -> bool:
         try:
             async with asyncio.timeout(STORE_SECONDS):
                 stored = await self._storage.finish_turn(finish)
-        except (TimeoutError, StorageUnavailable) as error:
-            log.error("turn %s is not stored yet: %s", finish.turn_id, error or "no answer in time")
-            self._spawn(self._store_later(finish))
-            return False
-        except Exception:
-            log.exception("storage raised what no storage should at the end of %s", finish.turn_id)
+        except Exception as error:
+            known = isinstance(error, TimeoutError | StorageUnavailable)
+            told = (error or "no answer in time") if known else logs.trace(error)
+            log.error("turn %s is not stored yet: %s", finish.turn_id, told)
+            self._unstored[finish.turn_id] = finish
             self._spawn(self._store_later(finish))
             return False
         if not stored:
             log.warning("turn %s was not stored: its session went on or is gone", finish.turn_id)
         return stored
 
-    async def _store_later(self, finish: FinishTurn) -> None:
+    async def _take_back(self, turn_id: str) -> None:
+        """Ends a turn that began although nobody was told so."""
+        finish = FinishTurn(turn_id, TurnStatus.FAILED, error_code=StorageUnavailable.code)
+        finish = replace(finish, rerunnable=True)
         for pause in _backoff(STORE_LATER_SECONDS):
-            await asyncio.sleep(pause)
             try:
-                async with asyncio.timeout(STORE_LATER_SECONDS / 4):
-                    stored = await self._storage.finish_turn(finish)
-                log.warning("turn %s is %s", finish.turn_id, "stored now" if stored else "gone")
+                await self._storage.finish_turn(finish)
                 return
-            except Exception as error:
-                log.error("turn %s is not stored yet: %s", finish.turn_id, error)
-        log.error("turn %s could not be stored and its reply is lost", finish.turn_id)
+            except StorageUnavailable:
+                await asyncio.sleep(pause)
+
+    async def _store_later(self, finish: FinishTurn) -> None:
+        stored = False
+        try:
+            for pause in _backoff(STORE_LATER_SECONDS):
+                await asyncio.sleep(pause)
+                try:
+                    async with asyncio.timeout(STORE_LATER_SECONDS / 4):
+                        stored = await self._storage.finish_turn(finish)
+                    break
+                except Exception as error:
+                    log.error("turn %s is not stored yet: %s", finish.turn_id, type(error).__name__)
+        finally:
+            del self._unstored[finish.turn_id]
+            if stored:
+                log.warning("turn %s is stored now", finish.turn_id)
+            else:
+                log.error("turn %s could not be stored: its reply is lost", finish.turn_id)
+
+
+class _PluginFailed(Exception):
+    """A plugin around the turn failed, and was named in the log."""
 
 
 def _around(name: str, interceptor: Interceptor, inner: Proceed) -> Proceed:
@@ -351,34 +482,26 @@ def _around(name: str, interceptor: Interceptor, inner: Proceed) -> Proceed:
         try:
             async with aclosing(interceptor.around(context, inner)) as events:
                 async for event in events:
-                    yield event
-        except (ProviderError, RequestError):
+                    yield checked(event)
+        except (ProviderError, RequestError, _PluginFailed):
             raise
         except Exception as error:
-            if not getattr(error, "_chatd_logged", False):
-                log.exception("interceptor %s raised", name)
-                error._chatd_logged = True  # type: ignore[attr-defined]
-            raise
+            log.error("interceptor %s raised %s", name, logs.trace(error))
+            raise _PluginFailed from None
 
     return outer
 
 
-def _reached_model(turn: RunningTurn) -> bool:
-    free = {
-        ProviderErrorKind.CONNECTION,
-        ProviderErrorKind.AUTHENTICATION,
-        ProviderErrorKind.CREDIT,
-        ProviderErrorKind.RATE_LIMIT,
-        ProviderErrorKind.INVALID_REQUEST,
-        ProviderErrorKind.CONTEXT_LENGTH,
-        ProviderErrorKind.MODERATION,
-    }
-    return any(attempt.error not in free for attempt in turn.attempts)
+def _asked(turn: RunningTurn) -> str:
+    """Who was asked last, for the log."""
+    return f"provider {turn.attempts[-1].provider}" if turn.attempts else "no provider"
 
 
 def _told(failure: ProviderError) -> RequestError:
     """What the client is told of a provider's failure: nothing of the provider's own words."""
-    wait = None if failure.retry_after is None else min(failure.retry_after, MAX_RETRY_AFTER)
+    asked = failure.retry_after
+    known = isinstance(asked, int | float) and 0 < asked < math.inf
+    wait = min(float(asked), MAX_RETRY_AFTER) if known and asked is not None else None
     match failure.kind:
         case ProviderErrorKind.TIMEOUT:
             return ProviderTimeout()

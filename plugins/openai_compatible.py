@@ -6,9 +6,10 @@ The wire format is here once; `openrouter` builds on it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -22,6 +23,12 @@ MAX_BODY_BYTES = chatd.MAX_EVENT_BYTES
 END_GRACE_SECONDS = 0.5
 """How long the end of the body is waited for once the answer is whole: usage often comes after
 the finish reason, and a connection read to its end can be used again."""
+
+DONE_GRACE_SECONDS = 0.02
+"""The same after `[DONE]`, which is followed by nothing: the end is there or it is not sent."""
+
+MIN_QUOTE_CHARS = 12
+"""As many characters in a row as were said are taken for a quotation in a provider's words."""
 
 ERROR_BODY_SECONDS = 2.0
 """How long the body of an error is waited for; the status alone tells enough."""
@@ -162,7 +169,8 @@ class ChatCompletions:
             except chatd.EventTooLarge as error:
                 raise chatd.ProviderError(_Kind.PROTOCOL, str(error), reached_model=True) from None
             if answer.is_whole and ended_at is None:
-                ended_at = loop.time() + END_GRACE_SECONDS
+                grace = DONE_GRACE_SECONDS if answer.is_done else END_GRACE_SECONDS
+                ended_at = loop.time() + grace
 
     async def _json(self, response: aiohttp.ClientResponse) -> Any:
         text = await _read(response)
@@ -224,7 +232,7 @@ class ChatCompletions:
             self._clean(f"HTTP {status}, code {code}: {message}", request),
             status=status,
             retry_after=_seconds(retry_after),
-            reached_model=reached_model,
+            reached_model=reached_model or status is None or status >= 500,
         )
 
     def _translated(self, error: Exception, *, started: bool) -> chatd.ProviderError:
@@ -234,17 +242,34 @@ class ChatCompletions:
         return chatd.ProviderError(
             kind,
             self._clean(f"{type(error).__name__}: {error}", None),
-            reached_model=started,
+            # Once a connection stood the request may have arrived.
+            reached_model=started or not isinstance(error, _NOT_SENT),
         )
 
     def _clean(self, text: str, request: chatd.ProviderRequest | None) -> str:
         """`text` for the operator's log: no key, nothing that was said, one line, not long."""
-        hidden = list(self._secrets)
-        if request is not None:
-            hidden += [m.content for m in request.messages if len(m.content) >= 4]
+        said = [m.content for m in request.messages] if request is not None else []
+        hidden = [*self._secrets, *(text for text in said if len(text) >= 4)]
         for secret in sorted(hidden, key=len, reverse=True):
             text = text.replace(secret, "[removed]")
-        return "".join(char if char.isprintable() else " " for char in text[:300])
+        text = _without_quotes(text[:300], said)
+        return "".join(char if char.isprintable() else " " for char in text)
+
+
+_NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+
+
+def _without_quotes(text: str, said: Sequence[str]) -> str:
+    """`text` without any part of it that is also a part of what was said."""
+    quoted = [False] * len(text)
+    for start in range(len(text) - MIN_QUOTE_CHARS + 1):
+        end = start + MIN_QUOTE_CHARS
+        if any(text[start:end] in message for message in said):
+            quoted[start:end] = [True] * MIN_QUOTE_CHARS
+    parts: list[str] = []
+    for is_quote, chars in itertools.groupby(zip(quoted, text, strict=True), lambda pair: pair[0]):
+        parts.append("[removed]" if is_quote else "".join(char for _, char in chars))
+    return "".join(parts)
 
 
 class _Told(Exception):
@@ -262,6 +287,7 @@ class _Answer:
     def __init__(self) -> None:
         self.started = False
         self.is_whole = False
+        self.is_done = False
         self._model: str | None = None
         self._usage: chatd.Usage | None = None
         self._reason: chatd.FinishReason = "stop"
@@ -269,7 +295,7 @@ class _Answer:
     def chunk(self, data: bytes) -> Iterator[chatd.Event]:
         """The events of one event's data."""
         if data.strip() == b"[DONE]":
-            self.is_whole = True
+            self.is_whole = self.is_done = True
             return
         try:
             value = json.loads(data)

@@ -59,6 +59,7 @@ _MIGRATIONS = (
         request_hash BLOB,
         lease_until REAL NOT NULL,
         rerunnable INTEGER NOT NULL DEFAULT 0,
+        run INTEGER NOT NULL DEFAULT 1,
         reply_id INTEGER,
         model TEXT,
         provider TEXT,
@@ -163,7 +164,7 @@ class _Connection(threading.Thread):
         connection: apsw.Connection | None = None
         while group := self._next_group():
             if connection is None:
-                # Opened here, and again after a failure: a storage comes back by itself.
+                # Opened here, and again after it could not be: a storage comes back by itself.
                 try:
                     connection = self._open()
                 except apsw.Error as error:
@@ -197,13 +198,15 @@ class _Connection(threading.Thread):
             if self._write:
                 connection.execute("BEGIN IMMEDIATE")
             for future, work in group:
-                outcomes.append((future, *self._run_one(connection, work)))
+                # What nobody waits for any more is not done: its caller was told so.
+                if not future.done():
+                    outcomes.append((future, *self._run_one(connection, work)))
             if self._write:
                 connection.execute("COMMIT")
-        except apsw.Error as error:
+        except Exception as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            return [(future, None, _unavailable(error, self._path)) for future, _ in group]
+            return [(future, None, self._translated(error)) for future, _ in group]
         return outcomes
 
     def _run_one(self, connection: apsw.Connection, work: Work) -> tuple[Any, BaseException | None]:
@@ -256,6 +259,7 @@ class SQLiteStorage:
         self._writer = _Connection(path, self._connect, write=True)
         self._reader = _Connection(path, self._connect, write=False)
         self._lock: IO[bytes] | None = None
+        self._file: tuple[int, int] | None = None
         self._began = False
 
     async def open(self) -> None:
@@ -264,6 +268,8 @@ class SQLiteStorage:
         self._reader.start()
         try:
             await self._writer.submit(self._migrate)
+            found = self._path.stat()
+            self._file = (found.st_dev, found.st_ino)
         except chatd.StorageUnavailable as error:
             await self.close()
             raise chatd.PluginError(error.detail) from error
@@ -297,7 +303,22 @@ class SQLiteStorage:
         if self._lock is not None:
             self._lock.close()
 
+    def _require_file(self) -> None:
+        """Raises `StorageUnavailable` when the file that is open is not the one at the path."""
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise chatd.StorageUnavailable(
+                f"sqlite: {self._path} {error.strerror}: it was removed under this server; what is "
+                "said now is lost. Put it back or start again"
+            ) from error
+        if self._file is not None and self._file != (found.st_dev, found.st_ino):
+            raise chatd.StorageUnavailable(
+                f"sqlite: {self._path} was replaced under this server: start again"
+            )
+
     async def check(self) -> None:
+        self._require_file()
         await self._writer.submit(lambda db: db.execute("SELECT 1 FROM chatd_schema").get)
         await self._reader.submit(lambda db: db.execute("SELECT 1 FROM chatd_schema").get)
 
@@ -309,7 +330,13 @@ class SQLiteStorage:
                 db.execute(
                     "INSERT INTO chatbots (id, name, model_name, api_key, settings)"
                     " VALUES (?, ?, ?, ?, ?)",
-                    (chatbot.id, *_chatbot_columns(chatbot)),
+                    (
+                        chatbot.id,
+                        chatbot.name,
+                        chatbot.model,
+                        _KEY_SCHEME + chatbot.api_key_hash.hex(),
+                        _settings_json(chatbot),
+                    ),
                 )
 
         await self._writer.submit(work)
@@ -338,11 +365,22 @@ class SQLiteStorage:
 
     async def update_chatbot(self, chatbot: chatd.Chatbot) -> bool:
         def work(db: apsw.Connection) -> bool:
+            db.execute(
+                "UPDATE chatbots SET name = ?, model_name = ?, settings = ?,"
+                " updated_at = unixepoch('subsec') WHERE id = ?",
+                (chatbot.name, chatbot.model, _settings_json(chatbot), chatbot.id),
+            )
+            return db.changes() > 0
+
+        return await self._writer.submit(work)
+
+    async def set_api_key(self, chatbot_id: str, api_key_hash: bytes) -> bool:
+        def work(db: apsw.Connection) -> bool:
             with _conflicts():
                 db.execute(
-                    "UPDATE chatbots SET name = ?, model_name = ?, api_key = ?, settings = ?,"
-                    " updated_at = unixepoch('subsec') WHERE id = ?",
-                    (*_chatbot_columns(chatbot), chatbot.id),
+                    "UPDATE chatbots SET api_key = ?, updated_at = unixepoch('subsec')"
+                    " WHERE id = ?",
+                    (_KEY_SCHEME + api_key_hash.hex(), chatbot_id),
                 )
             return db.changes() > 0
 
@@ -434,14 +472,22 @@ class SQLiteStorage:
     async def finish_turn(self, result: chatd.FinishTurn) -> bool:
         return await self._writer.submit(lambda db: _finish(db, result))
 
-    async def renew_turns(self, turn_ids: Sequence[str], lease_seconds: float) -> None:
-        await self._writer.submit(
-            lambda db: db.execute(
-                "UPDATE turns SET lease_until = unixepoch('subsec') + ? WHERE status = 'running'"
-                " AND turn_id IN (SELECT value FROM json_each(?))",
-                (lease_seconds, json.dumps(list(turn_ids))),
-            )
-        )
+    async def renew_turns(
+        self, turns: Sequence[tuple[str, int]], lease_seconds: float
+    ) -> frozenset[str]:
+        def work(db: apsw.Connection) -> frozenset[str]:
+            lost = set()
+            for turn_id, run in turns:
+                db.execute(
+                    "UPDATE turns SET lease_until = unixepoch('subsec') + ?"
+                    " WHERE turn_id = ? AND run = ? AND status = 'running'",
+                    (lease_seconds, turn_id, run),
+                )
+                if not db.changes():
+                    lost.add(turn_id)
+            return frozenset(lost)
+
+        return await self._writer.submit(work)
 
     async def get_turn(self, turn_id: str, chatbot_id: str) -> chatd.TurnRecord | None:
         row = await self._reader.submit(
@@ -461,12 +507,18 @@ class SQLiteStorage:
         )
 
     async def sweep(self) -> int:
+        self._require_file()
         alone = False
         if self._lock is None:
-            self._lock, alone = _take_lock(Path(f"{self._path}-lock"))
+            self._lock, alone = await asyncio.to_thread(_take_lock, Path(f"{self._path}-lock"))
         # Nobody else serves this file, and this process has not begun: all that runs is dead.
-        alone = alone and not self._began
-        where = "" if alone else " AND lease_until <= unixepoch('subsec')"
+        ended = await self._sweep(everything=alone and not self._began)
+        if alone and self._lock is not None:
+            await asyncio.to_thread(fcntl.flock, self._lock.fileno(), fcntl.LOCK_SH)
+        return ended
+
+    async def _sweep(self, *, everything: bool) -> int:
+        where = "" if everything else " AND lease_until <= unixepoch('subsec')"
 
         def work(db: apsw.Connection) -> int:
             db.execute(_INTERRUPT + where)
@@ -482,16 +534,21 @@ _INTERRUPT = (
 
 
 def _take_lock(path: Path) -> tuple[IO[bytes], bool]:
-    """A lock that every server on this file shares for its life, and whether it is the only one."""
-    lock = path.open("ab")
+    """A lock that every server on this file holds for its life, and whether it is the only one.
+
+    The only one holds it exclusively until it has swept, and then lets others in. Raises
+    `StorageUnavailable`.
+    """
+    try:
+        lock = path.open("ab")
+    except OSError as error:
+        raise chatd.StorageUnavailable(f"sqlite: {path} {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = True
     except OSError:
-        alone = False
-    with contextlib.suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_SH | (0 if alone else fcntl.LOCK_NB))
-    return lock, alone
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return lock, False
+    return lock, True
 
 
 def _require_session(db: apsw.Connection, session_id: str, chatbot_id: str) -> str | None:
@@ -518,6 +575,9 @@ def _begin(db: apsw.Connection, request: chatd.BeginTurn) -> chatd.BegunTurn | c
         running = None
     if running and running[0] == request.turn_id:
         return _begun(db, request, request.turn_id, user_id)
+    ended = _stored_turn(db, "t.turn_id = ? AND t.session_id = ?", request.turn_id, session)
+    if ended is not None:
+        return chatd.ExistingTurn(ended)
     if request.idempotency_key is not None and (known := _known(db, request, user_id)):
         return known
     if running:
@@ -561,7 +621,7 @@ def _known(
     if rerunnable or (status == "interrupted" and reply_id is None):
         if same and newest:
             db.execute(
-                "UPDATE turns SET status = 'running', rerunnable = 0, error_code = NULL,"
+                "UPDATE turns SET status = 'running', run = run + 1, rerunnable = 0, error_code = NULL,"
                 " finished_at = NULL, lease_until = unixepoch('subsec') + ? WHERE turn_id = ?",
                 (request.lease_seconds, turn_id),
             )
@@ -570,8 +630,13 @@ def _known(
         return None
     if not same:
         raise chatd.IdempotencyKeyReused
-    found = db.execute(f"SELECT {_TURN}{_TURN_FROM} WHERE t.turn_id = ?", (turn_id,)).fetchone()
-    return chatd.ExistingTurn(_turn(found))
+    found = _stored_turn(db, "t.turn_id = ?", turn_id)
+    return None if found is None else chatd.ExistingTurn(found)
+
+
+def _stored_turn(db: apsw.Connection, where: str, *values: str) -> chatd.TurnRecord | None:
+    row = db.execute(f"SELECT {_TURN}{_TURN_FROM} WHERE {where}", values).fetchone()
+    return _turn(row) if row else None
 
 
 def _begun(
@@ -598,19 +663,22 @@ def _begun(
             del history[whole:]
             break
         history.append(message)
-    return chatd.BegunTurn(turn_id, history[::-1], truncated, user_id)
+    run = db.execute("SELECT run FROM turns WHERE turn_id = ?", (turn_id,)).get
+    return chatd.BegunTurn(turn_id, history[::-1], truncated, user_id, run)
 
 
 def _finish(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
     row = db.execute(
         "SELECT session_id, status,"
-        " seq = (SELECT max(seq) FROM turns o WHERE o.session_id = t.session_id), error_code"
+        " seq = (SELECT max(seq) FROM turns o WHERE o.session_id = t.session_id), error_code, run"
         " FROM turns t WHERE turn_id = ?",
         (result.turn_id,),
     ).fetchone()
     if row is None:
         return False
-    session_id, status, newest, error_code = row
+    session_id, status, newest, error_code, run = row
+    if run != result.run:
+        return False
     if status != "running":
         if error_code != "process_lost":
             return bool(status == result.status)
@@ -667,9 +735,8 @@ def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else _utc(seconds)
 
 
-def _chatbot_columns(chatbot: chatd.Chatbot) -> tuple[str, str, str, str]:
-    settings = json.dumps(chatbot.settings.to_json(), ensure_ascii=False)
-    return chatbot.name, chatbot.model, _KEY_SCHEME + chatbot.api_key_hash.hex(), settings
+def _settings_json(chatbot: chatd.Chatbot) -> str:
+    return json.dumps(chatbot.settings.to_json(), ensure_ascii=False)
 
 
 def _chatbot(row: Any) -> chatd.Chatbot:

@@ -116,6 +116,11 @@ class FunctionStorage:
     async def update_chatbot(self, chatbot: chatd.Chatbot) -> bool:
         return _true(await self._ask("chatd_update_chatbot", **_chatbot_args(chatbot)))
 
+    async def set_api_key(self, chatbot_id: str, api_key_hash: bytes) -> bool:
+        return _true(
+            await self._ask("chatd_set_api_key", id=chatbot_id, api_key=_stored(api_key_hash))
+        )
+
     async def remove_chatbot(self, chatbot_id: str) -> bool:
         return _true(await self._ask("chatd_remove_chatbot", id=chatbot_id))
 
@@ -196,7 +201,9 @@ class FunctionStorage:
         if "existing" in answer:
             return chatd.ExistingTurn(_turn(answer["existing"]))
         history = [chatd.Message(role, content) for role, content in reversed(answer["history"])]
-        return chatd.BegunTurn(answer["turn_id"], history, answer["truncated"], answer["user_id"])
+        return chatd.BegunTurn(
+            answer["turn_id"], history, answer["truncated"], answer["user_id"], answer["run"]
+        )
 
     async def finish_turn(self, result: chatd.FinishTurn) -> bool:
         usage = result.usage
@@ -217,12 +224,17 @@ class FunctionStorage:
                     "cost_usd": usage.cost_usd,
                     "attempts": list(result.attempts),
                     "rerunnable": result.rerunnable,
+                    "run": result.run,
                 }
             )
         )
 
-    async def renew_turns(self, turn_ids: Sequence[str], lease_seconds: float) -> None:
-        await self._ask("chatd_renew_turns", turn_ids=list(turn_ids), lease_seconds=lease_seconds)
+    async def renew_turns(
+        self, turns: Sequence[tuple[str, int]], lease_seconds: float
+    ) -> frozenset[str]:
+        return frozenset(
+            await self._ask("chatd_renew_turns", turns=list(turns), lease_seconds=lease_seconds)
+        )
 
     async def get_turn(self, turn_id: str, chatbot_id: str) -> chatd.TurnRecord | None:
         found = await self._ask("chatd_get_turn", id=turn_id, chatbot_id=chatbot_id)

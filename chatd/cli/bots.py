@@ -20,6 +20,7 @@ from chatd.domain import (
     new_id,
 )
 from chatd.errors import ChatdError
+from chatd.turns import storable
 from chatd.validation import pointer, schema
 
 DEFAULT_MODEL = "openai/gpt-4o-mini"
@@ -171,7 +172,7 @@ async def rotate_key(bot: str, config_path: Path | None, as_json: bool) -> None:
     key = new_api_key()
     async with opened_storage(config_path) as storage:
         chatbot = await find_chatbot(storage, bot)
-        await storage.update_chatbot(dataclasses.replace(chatbot, api_key_hash=hash_api_key(key)))
+        await storage.set_api_key(chatbot.id, hash_api_key(key))
     if as_json:
         click.echo(json.dumps({"id": chatbot.id, "api_key": key}))
     else:
@@ -255,6 +256,8 @@ def _typed(name: str, value: Any) -> Any:
 
 def _text(value: str) -> str:
     if not value.startswith("@"):
+        if storable(value) != value:
+            raise BadValue("--system-prompt: must be text, in UTF-8 and without U+0000")
         return value
     try:
         return Path(value[1:]).read_text(encoding="utf-8")

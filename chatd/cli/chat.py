@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -33,7 +36,8 @@ async def chat(bot: str, config_path: Path | None) -> None:
         await services.storage.create_session(session)
         if sys.stdin.isatty():
             click.echo(f"{chatbot.name} ({chatbot.model}). An empty line ends it.")
-        while line := await asyncio.to_thread(_read_line):
+        lines = _lines()
+        while line := await anext(lines):
             text = line.strip()
             if not text and sys.stdin.isatty():
                 break
@@ -44,11 +48,29 @@ async def chat(bot: str, config_path: Path | None) -> None:
                 sys.exit(1)
 
 
-def _read_line() -> str:
-    """The next line with its end; empty when there is none."""
-    if sys.stdin.isatty():
-        click.echo("> ", nl=False)
-    return sys.stdin.readline()
+async def _lines() -> AsyncGenerator[str, None]:
+    """Lines of standard input with their ends; empty when there is no more.
+
+    Read on a thread that nobody waits for, so that Ctrl-C works while a line is being typed.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        if sys.stdin.isatty():
+            click.echo("> ", nl=False)
+        line: asyncio.Future[str] = loop.create_future()
+        threading.Thread(target=_read_line, args=(loop, line), daemon=True).start()
+        yield await line
+
+
+def _read_line(loop: asyncio.AbstractEventLoop, line: asyncio.Future[str]) -> None:
+    text = sys.stdin.readline()
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(_resolve, line, text)
+
+
+def _resolve(line: asyncio.Future[str], text: str) -> None:
+    if not line.done():
+        line.set_result(text)
 
 
 async def _say(turns: Turns, chatbot: Chatbot, session_id: str, text: str) -> bool:

@@ -66,6 +66,8 @@ async def _ask(config: Config, registry: Registry) -> tuple[list[str], list[str]
             faults.append(f"{name}: {error.kind}: {error.detail}")
         except RequestError as error:
             faults.append(f"{name}: {error.detail}")
+        except Exception as error:
+            faults.append(f"{name}: {type(error).__name__} in its plugin: {error}")
 
     async with AsyncExitStack() as stack:
         try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import click
 
@@ -44,6 +44,8 @@ def reports_errors(function: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            sys.exit(130)
         except RequestError as error:
             click.echo(f"chatd: {error.detail}", err=True)
         except ChatdError as error:
@@ -58,11 +60,6 @@ def _has_place(line: str) -> bool:
     return ": " in line and line.split(": ", maxsplit=1)[0].rpartition(":")[2].isdigit()
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a command's coroutine."""
-    return asyncio.run(work)
-
-
 def asynchronous(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
     """A command whose body is a coroutine function, with its errors told."""
 
@@ -72,7 +69,7 @@ def asynchronous(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
         async def work() -> T:
             return await function(*args, **kwargs)
 
-        return run(work())
+        return asyncio.run(work())
 
     return wrapper
 

@@ -20,7 +20,11 @@ from chatd.server import serve as serve_until_stopped
 
 @click.command()
 @config_option
-@click.option("--host", help="The address to listen on; 0.0.0.0 is every one of this machine.")
+@click.option(
+    "--host",
+    metavar="ADDRESS",
+    help="The address to listen on; 0.0.0.0 is every one of this machine.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; 0 is any that is free.")
 @reports_errors
 def serve(config_path: Path | None, host: str | None, port: int | None) -> None:

@@ -11,9 +11,11 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 import orjson
+from tornado.httputil import HTTPHeaders
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
+from chatd import logs
 from chatd.access import Access
 from chatd.config import ServerConfig
 from chatd.domain import Chatbot
@@ -28,7 +30,6 @@ from chatd.handlers.problems import (
     problem_of,
     retry_after,
 )
-from chatd.logs import request_id as logged_request_id
 from chatd.storage import Storage
 from chatd.turns import Turns
 from chatd.validation import parse_json, schema
@@ -116,7 +117,7 @@ class ApiHandler(RequestHandler):
         self._cors = False
         given = self.request.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        logged_request_id.set(self.request_id)
+        logs.request_id.set(self.request_id)
         self._common_headers()
 
     def set_default_headers(self) -> None:
@@ -141,10 +142,8 @@ class ApiHandler(RequestHandler):
             raise HeadersTooLarge(f"At most {MAX_HEADERS} headers are taken.")
         if sum(map(len, headers.values())) > MAX_HEADER_BYTES:
             raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
-        length = headers.get("Content-Length", "")
-        most = self.services.config.max_body_bytes
         # Who asks first whether to send a body is told before it is sent.
-        if "Expect" in headers and length.isdigit() and int(length) > most:
+        if "Expect" in headers and _length(headers) > self.services.config.max_body_bytes:
             raise self._too_large()
         self._early = False
 
@@ -165,9 +164,14 @@ class ApiHandler(RequestHandler):
 
     def body(self) -> Any:
         """The body, read and fitting the operation's schema. Raises what does not fit."""
-        assert self.route is not None
-        wanted = self.route.operations[str(self.request.method)].request
-        assert wanted is not None
+        value = self.json_body()
+        wanted = self.route.operations[str(self.request.method)].request if self.route else None
+        if wanted is not None:
+            schema(wanted).require(value)
+        return value
+
+    def json_body(self) -> Any:
+        """The body's JSON. Raises the `RequestError` of a body that is none."""
         if self._received > self.services.config.max_body_bytes:
             raise self._too_large()
         content_type = self.request.headers.get("Content-Type", "application/json")
@@ -177,9 +181,7 @@ class ApiHandler(RequestHandler):
             raise UnsupportedMediaType
         if not _accepts_json(self.request.headers.get("Accept", "")):
             raise NotAcceptable
-        value = parse_json(b"".join(self._chunks))
-        schema(wanted).require(value)
-        return value
+        return parse_json(b"".join(self._chunks))
 
     def api_key(self, body: Mapping[str, Any]) -> str | None:
         """The API key, from wherever it came. Raises `InvalidApiKey` when there are two."""
@@ -266,10 +268,17 @@ class ApiHandler(RequestHandler):
     def log_exception(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, StorageUnavailable):
             log.error("storage is unavailable: %s", error.detail)
-        elif isinstance(error, RequestError | HTTPError | StreamClosedError):
+        elif error is None or isinstance(error, RequestError | HTTPError | StreamClosedError):
             return
         else:
-            log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
+            where = self.route.path if self.route else "-"
+            log.error("%s %s failed: %s", self.request.method, where, logs.trace(error))
+
+
+def _length(headers: HTTPHeaders) -> int:
+    """The length that a body is said to have; 0 when it is not said."""
+    length = headers.get("Content-Length", "")
+    return int(length) if re.fullmatch(r"[0-9]{1,18}", length, re.ASCII) else 0
 
 
 def _as_request_error(status: int, exc_info: Any) -> RequestError:

@@ -27,7 +27,11 @@ class SessionHandler(ApiHandler):
             user_id=body.get("user_id"),
             metadata=body.get("metadata") or {},
         )
-        await self.services.storage.create_session(session)
+        try:
+            await self.services.storage.create_session(session)
+        except NotFound:
+            # The chatbot was removed a moment ago, and its key with it.
+            raise InvalidApiKey from None
         self.answer({"session_id": session.id})
 
 

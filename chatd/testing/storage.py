@@ -127,7 +127,7 @@ class StorageConformance:
         other = a_chatbot()
         await storage.add_chatbot(other)
         with pytest.raises(ConflictError):
-            await storage.update_chatbot(a_chatbot(id=other.id, api_key_hash=chatbot.api_key_hash))
+            await storage.set_api_key(other.id, chatbot.api_key_hash)
 
     async def test_chatbots_are_listed_oldest_first(self, storage: Storage) -> None:
         chatbots = [a_chatbot(name=f"Bot {i}") for i in range(3)]
@@ -136,7 +136,16 @@ class StorageConformance:
             await asyncio.sleep(0.005)
         assert [c.id for c in await storage.list_chatbots()] == [c.id for c in chatbots]
 
-    async def test_an_update_replaces_name_model_key_and_settings(
+    async def test_a_new_key_replaces_the_old_one(self, storage: Storage, chatbot: Chatbot) -> None:
+        key = hash_api_key(new_api_key())
+        assert await storage.set_api_key(chatbot.id, key) is True
+        found = await storage.get_chatbot_by_key(key)
+        assert found is not None
+        assert found.id == chatbot.id
+        assert await storage.get_chatbot_by_key(chatbot.api_key_hash) is None
+        assert await storage.set_api_key(new_id(), hash_api_key(new_api_key())) is False
+
+    async def test_an_update_replaces_name_model_and_settings_and_not_the_key(
         self, storage: Storage, chatbot: Chatbot
     ) -> None:
         changed = a_chatbot(
@@ -147,7 +156,7 @@ class StorageConformance:
         assert found is not None
         assert (found.name, found.model) == ("New", "b/model")
         assert found.settings.system_prompt == "You are new."
-        assert await storage.get_chatbot_by_key(chatbot.api_key_hash) is None
+        assert found.api_key_hash == chatbot.api_key_hash
 
     async def test_an_update_of_an_unknown_chatbot_is_false(self, storage: Storage) -> None:
         assert await storage.update_chatbot(a_chatbot()) is False
@@ -376,6 +385,23 @@ class StorageConformance:
         assert await storage.begin_turn(request) == first
         assert len(await _transcript(storage, session)) == 3
 
+    async def test_beginning_a_turn_again_after_its_end_leads_to_its_result(
+        self, storage: Storage, session: Session
+    ) -> None:
+        request = a_turn(session, "Hi", lease_seconds=SHORT_LEASE)
+        await _begin(storage, request)
+        await storage.finish_turn(FinishTurn(request.turn_id, TurnStatus.COMPLETED, "Hello!"))
+        again = await storage.begin_turn(request)
+        assert isinstance(again, ExistingTurn)
+        assert again.turn.reply == "Hello!"
+        lost = a_turn(session, "Hi", lease_seconds=SHORT_LEASE)
+        await _begin(storage, lost)
+        await asyncio.sleep(AFTER_SHORT_LEASE)
+        again = await storage.begin_turn(lost)
+        assert isinstance(again, ExistingTurn)
+        assert again.turn.status is TurnStatus.INTERRUPTED
+        assert len(await _transcript(storage, session)) == 3
+
     # Leases
 
     async def test_a_turn_whose_lease_ran_out_gives_way(
@@ -391,7 +417,9 @@ class StorageConformance:
 
     async def test_a_renewed_turn_keeps_running(self, storage: Storage, session: Session) -> None:
         begun = await _begin(storage, a_turn(session, lease_seconds=SHORT_LEASE))
-        await storage.renew_turns([begun.turn_id, new_id()], 60)
+        unknown = new_id()
+        lost = await storage.renew_turns([(begun.turn_id, begun.run), (unknown, 1)], 60)
+        assert lost == {unknown}
         await asyncio.sleep(AFTER_SHORT_LEASE)
         await storage.sweep()
         with pytest.raises(TurnInProgress):
@@ -401,8 +429,8 @@ class StorageConformance:
         self, storage: Storage, session: Session
     ) -> None:
         turn = await _complete(storage, session, "q", "a")
-        await storage.renew_turns([turn], 60)
-        await storage.renew_turns([], 60)
+        assert await storage.renew_turns([(turn, 1)], 60) == {turn}
+        assert await storage.renew_turns([], 60) == frozenset()
         record = await storage.get_turn(turn, session.chatbot_id)
         assert record is not None
         assert record.status is TurnStatus.COMPLETED
@@ -484,7 +512,8 @@ class StorageConformance:
         again = await _begin(storage, _keyed(session))
         assert again.turn_id == begun.turn_id
         assert [m.content for m in again.history] == ["q", "a"]
-        assert await storage.finish_turn(FinishTurn(again.turn_id, TurnStatus.COMPLETED, "Hi!"))
+        done = FinishTurn(again.turn_id, TurnStatus.COMPLETED, "Hi!", run=again.run)
+        assert await storage.finish_turn(done)
         assert await _transcript(storage, session) == [
             ("user", "q"),
             ("assistant", "a"),
@@ -502,6 +531,21 @@ class StorageConformance:
         assert await _transcript(storage, session) == [("user", "Hello")]
         with pytest.raises(TurnInProgress):
             await storage.begin_turn(a_turn(session))
+
+    async def test_who_ran_a_turn_before_it_ran_again_is_fenced_off(
+        self, storage: Storage, session: Session
+    ) -> None:
+        first = await _begin(storage, _keyed(session, lease_seconds=SHORT_LEASE))
+        await asyncio.sleep(AFTER_SHORT_LEASE)
+        second = await _begin(storage, _keyed(session))
+        assert second.run > first.run
+        late = FinishTurn(first.turn_id, TurnStatus.COMPLETED, "late", run=first.run)
+        assert await storage.finish_turn(late) is False
+        assert await storage.renew_turns([(first.turn_id, first.run)], 60) == {first.turn_id}
+        done = FinishTurn(second.turn_id, TurnStatus.COMPLETED, "right", run=second.run)
+        assert await storage.finish_turn(done) is True
+        assert await storage.finish_turn(late) is False
+        assert await _transcript(storage, session) == [("user", "Hello"), ("assistant", "right")]
 
     async def test_part_of_a_reply_is_replayed_not_run_again(
         self, storage: Storage, session: Session

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import click
-from tornado.web import RequestHandler
 
 import chatd
 
@@ -59,9 +58,9 @@ async def open_polite(settings: Mapping[str, Any]) -> Polite:
     return Polite(settings["word"])
 
 
-class Ping(RequestHandler):
+class Ping(chatd.Handler):
     def get(self) -> None:
-        self.write({"pong": True})
+        self.answer({"pong": True})
 
 
 @click.command("greet")
