@@ -24,6 +24,12 @@ models:
 """
 
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{here}: &{here} [{', '.join(['*' + before] * 10)}]\n"
+    for before, here in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
 def check(text: str, env: dict[str, str] | None = None) -> Config:
     registry = load_registry()
     return ConfigFile("c.yaml", text, env or {}).check(
@@ -139,6 +145,11 @@ def test_a_key_that_stands_twice_is_refused() -> None:
         ("a: [1,\nb: 2\n", "c.yaml:3: not valid YAML"),
         ("a: {b: ${C}}\n", 'a "${NAME}" inside braces needs quotes'),
         ("a: !!python/object/apply:os.system [echo]\n", "c.yaml:1: a: unknown key"),
+        (GOOD + "server: {body_timeout: .nan}\n", "server.body_timeout: must be finite"),
+        (GOOD + "server: {body_timeout: .inf}\n", "server.body_timeout: must be finite"),
+        ("a: " + "[" * 5000, "nested too deep"),
+        ("storage: &s {use: sqlite, x: *s}\n", "storage: holds itself"),
+        (BOMB, "holds more than"),
         (GOOD + "server: &s\n  <<: {port: 1}\n", "merge keys (<<) are not supported"),
     ],
 )

@@ -77,6 +77,13 @@ async def test_what_is_not_http_is_a_400_and_the_end_of_the_connection(
     assert answer.startswith(b"HTTP/1.1 400 ")
 
 
+async def test_a_length_that_is_no_number_is_not_taken_for_one(served: Served) -> None:
+    request = b"POST /api/chat HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\n"
+    answer = await exchange(served, request + b"Content-Length: \xb2\r\n\r\n", closes=True)
+    assert b"HTTP/1.1 400 " in answer
+    assert b" 500 " not in answer
+
+
 @pytest.mark.parametrize("size", [2_000_000, 20_000_000])
 async def test_a_body_far_over_the_limit_is_refused_and_the_refusal_can_be_read(
     served: Served, size: int

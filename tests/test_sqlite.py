@@ -276,3 +276,70 @@ async def test_an_answer_is_given_although_it_cannot_be_stored_and_is_stored_lat
             break
         await asyncio.sleep(0.05)
     assert transcript == [("user", "hi"), ("assistant", "You said: hi")]
+
+
+async def test_a_database_that_is_removed_under_the_server_is_noticed(
+    serve: Serve, tmp_path: Path
+) -> None:
+    served = await serve(with_sqlite(ECHO_CONFIG, tmp_path))
+    assert (await served.get("/readyz")).status == 200
+    (tmp_path / "chatd.db").rename(tmp_path / "elsewhere.db")
+    assert_problem(await served.get("/readyz"), 503, "storage_unavailable")
+    (tmp_path / "elsewhere.db").rename(tmp_path / "chatd.db")
+    assert (await served.get("/readyz")).status == 200
+
+
+async def test_a_turn_that_nobody_waits_for_any_more_is_not_begun(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatd.turns.BEGIN_SECONDS", 0.3)
+    served = await serve(with_sqlite(ECHO_CONFIG, tmp_path).replace("0.1}", "20}"))
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    other = apsw.Connection(str(tmp_path / "chatd.db"))
+    other.execute("BEGIN IMMEDIATE")
+    assert_problem(await served.chat(bot, session, "hi"), 503, "storage_unavailable")
+    other.execute("ROLLBACK")
+    other.close()
+    await asyncio.sleep(0.5)
+    assert (await served.chat(bot, session, "again")).status == 200
+    transcript = await served.transcript(bot, session)
+    assert [text for _, text in transcript if text != "hi"] == ["again", "You said: again"]
+
+
+async def test_a_turn_that_is_beginning_when_the_server_stops_is_finished(
+    serve: Serve, tmp_path: Path
+) -> None:
+    served = await serve(with_sqlite(SLOW_CONFIG, tmp_path).replace("0.1}", "20}"))
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    other = apsw.Connection(str(tmp_path / "chatd.db"))
+    other.execute("BEGIN IMMEDIATE")
+    asked = asyncio.create_task(served.chat(bot, session, "hi"))
+    await asyncio.sleep(0.2)
+    draining = asyncio.create_task(served.runtime.services.turns.drain(20))
+    await asyncio.sleep(0.1)
+    other.execute("ROLLBACK")
+    other.close()
+    await draining
+    answer = await asked
+    assert (answer.status, answer.json["response"]) == (200, "You said: hi")
+    assert answer.json["stored"] is True
+
+
+async def test_every_older_database_is_brought_to_the_newest_version(tmp_path: Path) -> None:
+    from chatd_plugins import sqlite
+
+    newest = len(sqlite._MIGRATIONS)
+    for version in range(newest + 1):
+        path = tmp_path / f"{version}.db"
+        connection = apsw.Connection(str(path))
+        connection.execute("CREATE TABLE chatd_schema (version INTEGER NOT NULL) STRICT")
+        for number, script in enumerate(sqlite._MIGRATIONS[:version], start=1):
+            connection.execute(script)
+            connection.execute("INSERT INTO chatd_schema VALUES (?)", (number,))
+        connection.close()
+        await (await open_sqlite({"path": str(path)})).close()
+        connection = apsw.Connection(str(path))
+        assert connection.execute("SELECT max(version) FROM chatd_schema").get == newest
+        connection.close()

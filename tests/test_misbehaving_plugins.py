@@ -1,0 +1,205 @@
+"""Plugins that break the contract: they are named in the log, their turn ends, the server goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+
+from chatd.domain import TurnStatus
+from chatd.storage import TurnRecord
+from tests.conftest import Serve
+from tests.support import Served, server_process
+from tests.test_http import assert_problem
+
+# One of the plugins is a coroutine where a generator belongs, and so is never awaited.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:coroutine 'Broken.stream' was never awaited"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+PROVIDER = """
+import asyncio
+import chatd
+
+class Broken:
+    async def stream(self, request):
+{body}
+
+    async def check(self):
+        pass
+
+    async def close(self):
+        {close}
+
+async def open_broken(settings):
+    return Broken()
+
+@chatd.hookimpl
+def chatd_register_provider(register):
+    register.add("broken", open_broken, {{"type": "object"}}, "breaks the contract")
+"""
+CONFIG = """
+storage: %(storage)s
+plugins: {{folder: "{folder}"}}
+providers:
+  broken: {{use: broken, timeouts: {{plain: {plain}}}}}
+  echo: {{use: echo, reply: "from the echo"}}
+models:
+  - {{match: "chain/*", ask: [broken, echo]}}
+  - {{match: "*", ask: [broken]}}
+server: {{drain_seconds: 0.5}}
+"""
+NONSENSE = {
+    "raises": "raise ZeroDivisionError('the question was: MARK'); yield",
+    "is no generator": "return None",
+    "raises SystemExit": "raise SystemExit(3); yield",
+    "raises KeyboardInterrupt": "raise KeyboardInterrupt; yield",
+    "raises GeneratorExit": "raise GeneratorExit; yield",
+    "lets a cancellation out": "raise asyncio.CancelledError; yield",
+    "raises TimeoutError": "raise TimeoutError; yield",
+    "yields None": "yield None",
+    "yields text that is bytes": "yield chatd.TextDelta(b'x')",
+    "yields text that is none": "yield chatd.TextDelta(None)",
+    "reports usage that is none": "yield chatd.UsageReport('lots')",
+    "reports a negative count": "yield chatd.UsageReport(chatd.Usage(input_tokens=-1))",
+    "reports a huge count": "yield chatd.UsageReport(chatd.Usage(input_tokens=10**30))",
+    "reports a count that is text": "yield chatd.UsageReport(chatd.Usage(input_tokens='many'))",
+    "reports a cost that is not a number": (
+        "yield chatd.UsageReport(chatd.Usage(cost_usd=float('nan')))"
+    ),
+    "finishes for no reason": "yield chatd.Finish(None)",
+    "finishes for a made-up reason": "yield chatd.Finish('nonsense')",
+    "finishes with a model that is none": "yield chatd.Finish('stop', 7)",
+    "finishes without a word": "yield chatd.Finish('stop')",
+    "ends without Finish": "return; yield",
+}
+
+
+def plugin(folder: Path, body: str, close: str = "pass", plain: float = 20) -> str:
+    """Writes a broken provider, and returns a configuration that asks it."""
+    lines = "\n".join(f"        {line}" for line in body.split("\n"))
+    (folder / "plugins").mkdir(exist_ok=True)
+    (folder / "plugins" / "broken.py").write_text(PROVIDER.format(body=lines, close=close))
+    return CONFIG.format(folder=folder / "plugins", plain=plain)
+
+
+async def last_turn(served: Served, session: str) -> TurnRecord:
+    """The last turn of a session, as it is stored."""
+    bot = served.bots[-1]
+    storage = served.runtime.services.storage
+    page = await storage.list_messages(session, bot.id, limit=100)
+    turn = await storage.get_turn(page.data[-1].turn_id or "", bot.id)
+    assert turn is not None
+    return turn
+
+
+@pytest.mark.parametrize("body", NONSENSE.values(), ids=NONSENSE)
+async def test_nonsense_fails_the_turn_names_the_provider_and_frees_the_session(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture, body: str
+) -> None:
+    served = await serve(plugin(tmp_path, body))
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    with caplog.at_level(logging.WARNING):
+        answer = await served.chat(bot, session, "hi MARK")
+    assert_problem(answer, 502, "provider_failed")
+    assert "provider broken" in caplog.text
+    assert "the question was" not in caplog.text.replace(body, "")
+    assert (await last_turn(served, session)).status is TurnStatus.FAILED
+    assert_problem(await served.chat(bot, session, "again"), 502, "provider_failed")
+
+
+@pytest.mark.parametrize("body", NONSENSE.values(), ids=NONSENSE)
+async def test_after_nonsense_the_next_provider_answers(
+    serve: Serve, tmp_path: Path, body: str
+) -> None:
+    served = await serve(plugin(tmp_path, body))
+    bot = await served.add_bot(model="chain/model")
+    answer = await served.chat(bot, await served.session(bot), "hi")
+    assert (answer.status, answer.json["response"]) == (200, "from the echo")
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "pass",
+        "raise ZeroDivisionError",
+        "await asyncio.sleep(3600)",
+        "yield chatd.TextDelta(' and more')",
+    ],
+)
+async def test_what_comes_after_finish_does_not_change_the_answer(
+    serve: Serve, tmp_path: Path, ending: str
+) -> None:
+    body = (
+        "try:\n    yield chatd.TextDelta('whole')\n    yield chatd.Finish('stop', 'm')\n"
+        f"finally:\n    {ending}"
+    )
+    served = await serve(plugin(tmp_path, body))
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    answer = await served.chat(bot, session, "hi")
+    assert (answer.json["response"], answer.json["finish_reason"]) == ("whole", "stop")
+    assert (await last_turn(served, session)).status is TurnStatus.COMPLETED
+
+
+HOLDS_ON = """while True:
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        pass
+yield"""
+
+
+async def test_a_provider_that_cannot_be_cancelled_is_given_up(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    holds_on = HOLDS_ON.replace("while True", "for _ in range(3)")
+    served = await serve(plugin(tmp_path, holds_on, plain=0.3))
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    async with asyncio.timeout(15):
+        assert_problem(await served.chat(bot, session, "hi"), 504, "provider_timeout")
+        assert_problem(await served.chat(bot, session, "again"), 504, "provider_timeout")
+    assert "was given up: provider broken does not end" in caplog.text
+    for task in list(served.runtime.services.turns.stuck):
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0.01)
+
+
+def test_a_provider_that_cannot_be_cancelled_does_not_keep_the_server_from_stopping(
+    tmp_path: Path,
+) -> None:
+    from tests.test_process import Client
+
+    text = plugin(tmp_path, HOLDS_ON, plain=0.3)
+    (tmp_path / "chatd.yaml").write_text(text.replace("%(storage)s", "{use: sqlite}"))
+    with server_process(tmp_path) as server:
+        client = Client(server)
+        status, answer = client.say("hi")
+        assert (status, answer["code"]) == (504, "provider_timeout")
+        assert server.stop() == 0
+        assert "turns do not end; the process does" in server.stdout
+
+
+def test_a_plugin_that_cannot_be_closed_is_named_and_the_server_stops_well(tmp_path: Path) -> None:
+    text = plugin(tmp_path, "return; yield", close="raise ZeroDivisionError")
+    (tmp_path / "chatd.yaml").write_text(text.replace("%(storage)s", "{use: sqlite}"))
+    with server_process(tmp_path) as server:
+        assert server.url
+        assert server.stop() == 0
+        assert "providers.broken could not be closed: ZeroDivisionError" in server.stdout
+
+
+async def test_what_failed_attempts_cost_is_counted_too(serve: Serve, tmp_path: Path) -> None:
+    body = (
+        "yield chatd.UsageReport(chatd.Usage(input_tokens=7, cost_usd=0.5))\n"
+        "raise chatd.ProviderError(chatd.ProviderErrorKind.OVERLOADED, 'sorry')"
+    )
+    served = await serve(plugin(tmp_path, body))
+    bot = await served.add_bot(model="chain/model")
+    answer = await served.chat(bot, await served.session(bot), "hi")
+    assert answer.json["usage"] == {"input_tokens": 7, "output_tokens": None, "cost_usd": 0.5}
