@@ -1,0 +1,245 @@
+"""schema.sql: what it makes, what it adopts, who may, and which queries it makes quick."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from chatd.domain import hash_api_key, new_id
+from tests.postgres import ROLES, ROOT, Postgres, Supabase, jwt
+
+SCHEMA = (ROOT / "schema.sql").read_text()
+FIRST_VERSION = """
+CREATE EXTENSION IF NOT EXISTS "uuid-ossp";
+CREATE TABLE public.chatbots (
+    id UUID PRIMARY KEY DEFAULT uuid_generate_v4(),
+    api_key TEXT NOT NULL UNIQUE,
+    model_name TEXT NOT NULL,
+    created_at TIMESTAMP WITH TIME ZONE DEFAULT timezone('utc'::text, now()) NOT NULL,
+    updated_at TIMESTAMP WITH TIME ZONE DEFAULT timezone('utc'::text, now()) NOT NULL
+);
+CREATE TABLE public.sessions (
+    session_id UUID PRIMARY KEY DEFAULT uuid_generate_v4(),
+    chatbot_id UUID NOT NULL REFERENCES public.chatbots(id) ON DELETE CASCADE,
+    created_at TIMESTAMP WITH TIME ZONE DEFAULT timezone('utc'::text, now()) NOT NULL
+);
+CREATE TABLE public.conversations (
+    id BIGSERIAL PRIMARY KEY,
+    session_id UUID NOT NULL REFERENCES public.sessions(session_id) ON DELETE CASCADE,
+    role TEXT NOT NULL,
+    content TEXT NOT NULL,
+    timestamp TIMESTAMP WITH TIME ZONE DEFAULT timezone('utc'::text, now()) NOT NULL
+);
+INSERT INTO public.chatbots (id, api_key, model_name)
+    VALUES ('e97f4988-4f70-470b-b2e5-aca28ddbcff0', 'an-old-key', 'openai/gpt-3.5-turbo');
+INSERT INTO public.sessions (session_id, chatbot_id)
+    VALUES ('11111111-1111-4111-8111-111111111111', 'e97f4988-4f70-470b-b2e5-aca28ddbcff0');
+INSERT INTO public.conversations (session_id, role, content) VALUES
+    ('11111111-1111-4111-8111-111111111111', 'user', 'an old question'),
+    ('11111111-1111-4111-8111-111111111111', 'assistant', 'an old answer');
+"""
+"""The tables of the first version, as its users have them, with rows."""
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A database with Supabase's roles and the first version's tables."""
+    server = Postgres()
+    server.execute(ROLES, FIRST_VERSION)
+    yield server
+    server.close()
+
+
+def dump(server: Postgres) -> str:
+    """Everything that a database holds, as SQL."""
+    command = [str(server.bin / "pg_dump"), "--dbname", server.url, "--no-comments"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    # pg_dump 15.14 and later write a random word.
+    return re.sub(r"^\\(un)?restrict .*$", "", text, flags=re.MULTILINE)
+
+
+def test_the_first_versions_tables_are_adopted_with_their_rows(postgres: Postgres) -> None:
+    postgres.execute(SCHEMA)
+    rows = postgres.execute(
+        "SELECT role, content FROM conversations ORDER BY id; SELECT count(*) FROM sessions;"
+        "SELECT api_key FROM chatbots;"
+    ).splitlines()
+    assert rows == [
+        "user|an old question",
+        "assistant|an old answer",
+        "1",
+        f"sha256:{hash_api_key('an-old-key').hex()}",
+    ]
+
+
+def test_running_it_again_changes_nothing(postgres: Postgres) -> None:
+    postgres.execute(SCHEMA)
+    before = dump(postgres)
+    postgres.execute(SCHEMA)
+    assert dump(postgres) == before
+    assert "an old answer" in before
+
+
+def test_an_adopted_session_goes_on_with_its_history(postgres: Postgres) -> None:
+    postgres.execute(SCHEMA)
+    item = {
+        "turn_id": new_id(),
+        "session_id": "11111111-1111-4111-8111-111111111111",
+        "chatbot_id": "e97f4988-4f70-470b-b2e5-aca28ddbcff0",
+        "messages": [["user", "a new question"]],
+        "history_chars": 10_000,
+        "overhead_chars": 16,
+        "lease_seconds": 30,
+    }
+    answer = postgres.execute(f"SELECT chatd_begin_turns('[{json.dumps(item)}]')")
+    (begun,) = json.loads(answer)
+    assert begun["history"] == [["assistant", "an old answer"], ["user", "an old question"]]
+
+
+def test_a_plain_insert_stores_the_key_hashed(postgres: Postgres) -> None:
+    postgres.execute(SCHEMA)
+    stored = postgres.execute(
+        "INSERT INTO chatbots (id, api_key, model_name) VALUES"
+        f" ('{new_id()}', 'a-plain-key', 'some/model') RETURNING api_key;"
+    ).strip()
+    assert stored == f"sha256:{hash_api_key('a-plain-key').hex()}"
+    changed = postgres.execute(
+        f"UPDATE chatbots SET api_key = 'another-key' WHERE api_key = '{stored}' RETURNING api_key;"
+    ).strip()
+    assert changed == f"sha256:{hash_api_key('another-key').hex()}"
+
+
+# Who may
+
+
+def call(url: str, key: str | None, method: str = "GET", body: Any = None) -> tuple[int, str]:
+    """A request to PostgREST with a key: status and body."""
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers |= {"apikey": key, "Authorization": f"Bearer {key}"}
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urlopen(Request(url, data, headers, method=method), timeout=10) as response:
+            return response.status, response.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+TABLES = ["chatbots", "sessions", "conversations", "turns"]
+FUNCTIONS = sorted(set(re.findall(r"FUNCTION public\.(chatd_\w+)\(", SCHEMA)))
+
+
+@pytest.mark.parametrize("role", [None, "anon", "authenticated"])
+def test_with_a_public_key_nothing_can_be_read_written_or_called(
+    database: Supabase, role: str | None
+) -> None:
+    key = None if role is None else jwt(role)
+    url = database.postgrest.url
+    for table in TABLES:
+        for method, body in [("GET", None), ("POST", {}), ("PATCH", {}), ("DELETE", None)]:
+            status, text = call(f"{url}/{table}", key, method, body)
+            assert status in (401, 403), (table, method, text)
+            assert "42501" in text, (table, method, text)
+    called = 0
+    for function in FUNCTIONS:
+        signature = re.search(rf"FUNCTION public\.{function}\((.*?)\)", SCHEMA, re.DOTALL)
+        if signature is None or "RETURNS trigger" in SCHEMA[signature.end() :][:40]:
+            continue
+        names = re.findall(r"(\w+) (?:jsonb|uuid|bigint|integer|text)\b", signature[1])
+        arguments = dict.fromkeys(names)
+        status, text = call(f"{url}/rpc/{function}", key, "POST", arguments)
+        assert status in (401, 403, 404), (function, text)
+        called += "42501" in text
+    assert called >= 20, "the functions are there, and refused"
+
+
+def test_row_level_security_is_on_without_any_policy(database: Supabase) -> None:
+    names = ", ".join(f"'{table}'" for table in TABLES)
+    secured = database.postgres.execute(
+        f"SELECT count(*) FROM pg_class WHERE relrowsecurity AND relname IN ({names});"
+        "SELECT count(*) FROM pg_policies;"
+    ).split()
+    assert secured == ["4", "0"]
+
+
+def test_every_function_pins_its_search_path(database: Supabase) -> None:
+    loose = database.postgres.execute(
+        "SELECT proname FROM pg_proc WHERE proname LIKE 'chatd\\_%'"
+        " AND NOT coalesce(proconfig, '{}') @> ARRAY['search_path=\"\"'];"
+    )
+    assert loose == ""
+
+
+def test_the_secret_key_may_do_what_chatd_does(database: Supabase) -> None:
+    url, key = database.postgrest.url, jwt("service_role")
+    assert call(f"{url}/rpc/chatd_schema_version", key, "POST", {}) == (200, "1")
+    assert call(f"{url}/chatbots?select=id", key)[0] == 200
+
+
+# How quick
+
+MILLION = """
+INSERT INTO chatbots (id, api_key, model_name) VALUES ('{bot}', 'many', 'm');
+INSERT INTO sessions (session_id, chatbot_id)
+    SELECT ('00000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid, '{bot}'
+    FROM generate_series(1, 20000) i;
+INSERT INTO turns (turn_id, session_id, seq, status, lease_until)
+    SELECT ('10000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid,
+        ('00000000-0000-4000-8000-' || lpad((1 + i % 20000)::text, 12, '0'))::uuid,
+        i / 20000 + 1, 'completed', now()
+    FROM generate_series(0, 499999) i;
+INSERT INTO conversations (session_id, role, content, turn_id)
+    SELECT t.session_id, r.role, 'some words', t.turn_id
+    FROM turns t, (VALUES ('user'), ('assistant')) r (role);
+ANALYZE;
+"""
+QUERIES = {
+    "chatd_begin_turns": "'[{turn}]'",
+    "chatd_finish_turns": "'[{finish}]'",
+    "chatd_list_messages": """'{{"session_id": "{session}", "chatbot_id": "{bot}", "limit": 50}}'""",
+    "chatd_get_session": """'{{"id": "{session}"}}'""",
+    "chatd_get_turn": """'{{"id": "{id}", "chatbot_id": "{bot}"}}'""",
+    "chatd_rate_turn": """'{{"id": "{id}", "session_id": "{session}", "rating": "up"}}'""",
+    "chatd_renew_turns": """'{{"turns": [["{id}", 1]], "lease_seconds": 30}}'""",
+    "chatd_sweep": "'{{}}'",
+    "chatd_delete_session": """'{{"id": "{session}", "chatbot_id": "{bot}"}}'""",
+}
+"""Every query over what grows. Chatbots are few."""
+
+
+def test_every_query_uses_an_index_at_a_million_messages(database: Supabase) -> None:
+    database.empty()
+    bot, session, id = new_id(), "00000000-0000-4000-8000-000000012345", new_id()
+    database.postgres.execute(MILLION.format(bot=bot))
+    known = {"turn_id": id, "session_id": session}
+    turn = {"chatbot_id": bot, "messages": [["user", "hi"]], "idempotency_key": "k"}
+    turn |= {"history_chars": 1000, "overhead_chars": 16, "lease_seconds": 30}
+    finish = {"run": 1, "status": "completed", "reply": "ho", "attempts": [], "rerunnable": False}
+    values = {"bot": bot, "session": session, "id": id}
+    values |= {"turn": json.dumps(known | turn), "finish": json.dumps(known | finish)}
+    script = "LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0;"
+    script += "SET auto_explain.log_nested_statements = on; SET client_min_messages = log;"
+    for function, arguments in QUERIES.items():
+        script += f"\\echo == {function}\nSELECT public.{function}({arguments.format(**values)});\n"
+    result = subprocess.run(
+        [str(database.postgres.bin / "psql"), database.postgres.url, "-XqAt", "-f", "-"],
+        input=script,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    database.empty()
+    assert "ERROR" not in result
+    assert result.count("Index") > 20, result
+    scans = re.findall(r"Seq Scan on (?:public\.)?(\w+)", result)
+    assert not set(scans) & {"sessions", "turns", "conversations"}, result
