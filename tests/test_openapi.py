@@ -216,10 +216,12 @@ def test_the_served_document_is_built_from_the_routes(document: dict[str, Any]) 
 
 
 HOOKS = """
+import itertools
 import os
 
 import schemathesis
 
+CALLS = itertools.count()
 NAMES = {
     "/api/chat/session": ["assistant_id", "api_key"],
     "/api/chat": ["assistant_id", "api_key"],
@@ -244,7 +246,7 @@ def before_call(context, case, kwargs):
         return
     body = case.body = narrowed(case.body)
     real = {name: os.environ["TEST_" + name.upper()] for name in NAMES[case.path]}
-    if body[next(iter(real))][0] in "0123":
+    if next(CALLS) % 3 == 0:
         return
     body.update(real)
     if case.path == "/api/chat":
