@@ -8,16 +8,18 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from socket import socket
 
 from tornado.httpserver import HTTPServer
 from tornado.httputil import ParseBodyConfig, ParseMultipartConfig, set_parse_body_config
 from tornado.netutil import bind_sockets
 
 from chatd.app import first_chatbot, open_runtime
-from chatd.config import Config
+from chatd.config import Config, ServerConfig
 from chatd.domain import Chatbot
 from chatd.errors import ChatdError
 from chatd.registry import Registry
+from chatd.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,10 @@ TWICE_SECONDS = 0.3
 """A second signal later than this after the first means that somebody cannot wait."""
 
 
+ANSWER_SECONDS = 0.1
+"""How long the answers of the last turns may take to be written; it is much more than they need."""
+
+
 class CannotListen(ChatdError):
     """The address cannot be listened on."""
 
@@ -36,38 +42,39 @@ class CannotListen(ChatdError):
 Ready = Callable[[int, tuple[Chatbot, str] | None], None]
 
 
+class _Signals:
+    """SIGTERM, SIGINT and SIGHUP: the first asks to stop, a later one not to wait for turns."""
+
+    def __init__(self) -> None:
+        self.stopping = asyncio.Event()
+        self.hurrying = asyncio.Event()
+        self._first: float | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._caught)
+
+    def _caught(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._first is None:
+            self._first = now
+            self.stopping.set()
+        # A signal to a whole process group may come twice, from the sender and from a parent.
+        elif now - self._first > TWICE_SECONDS:
+            self.hurrying.set()
+
+
 async def serve(config: Config, registry: Registry, ready: Ready) -> None:
-    """Serves until SIGTERM, SIGINT or SIGHUP, then lets running turns finish; a second signal ends them.
+    """Serves until a signal asks to stop, then lets running turns finish; a second one ends them.
 
     :param ready: called with the port, and with the first chatbot and its key when it was made
         just now, once requests are served.
 
     Raises `PluginError` or `CannotListen` when it cannot start.
     """
-    stopping, hurrying = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def stop(asked: list[float]) -> None:
-        asked.append(loop.time())
-        stopping.set()
-        # A signal to a whole process group may come twice, from the sender and from a parent.
-        if asked[-1] - asked[0] > TWICE_SECONDS:
-            hurrying.set()
-
-    asked: list[float] = []
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, stop, asked)
+    signals = _Signals()
     # Nothing here takes forms; bodies are JSON.
     set_parse_body_config(ParseBodyConfig(multipart=ParseMultipartConfig(enabled=False)))
     async with AsyncExitStack() as stack:
-        try:
-            sockets = bind_sockets(config.server.port, config.server.host)
-        except OSError as error:
-            raise CannotListen(
-                f"cannot listen on {config.server.host} port {config.server.port}: "
-                f"{error.strerror or error}. Choose another with --port or $PORT"
-            ) from None
+        sockets = _listen(config.server)
         runtime = await open_runtime(config, registry, stack)
         made = await first_chatbot(config, runtime.services.storage)
         server = HTTPServer(
@@ -79,18 +86,11 @@ async def serve(config: Config, registry: Registry, ready: Ready) -> None:
         )
         server.add_sockets(sockets)
         ready(sockets[0].getsockname()[1], made)
-        await stopping.wait()
+        await signals.stopping.wait()
         log.info("stopping: running turns have %s s to finish", config.server.drain_seconds)
         # New connections are refused by the system, requests on open ones by `Turns`.
         server.stop()
-        hurry = asyncio.create_task(hurrying.wait())
-        drained = asyncio.create_task(runtime.services.turns.drain(config.server.drain_seconds))
-        await asyncio.wait({hurry, drained}, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        await runtime.services.turns.drain(0)
-        await drained
-        # The answers of the last turns are written by now or within this moment.
-        await asyncio.sleep(0.1)
+        await _drain(runtime.services.turns, config.server.drain_seconds, signals.hurrying)
         await server.close_all_connections()
     log.info("stopped")
     if runtime.services.turns.stuck:
@@ -98,3 +98,26 @@ async def serve(config: Config, registry: Registry, ready: Ready) -> None:
         log.error("%s turns do not end; the process does", len(runtime.services.turns.stuck))
         logging.shutdown()
         os._exit(0)
+
+
+def _listen(config: ServerConfig) -> list[socket]:
+    """The sockets of the address. Raises `CannotListen`."""
+    try:
+        return bind_sockets(config.port, config.host)
+    except OSError as error:
+        raise CannotListen(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}. "
+            "Choose another with --port or $PORT"
+        ) from None
+
+
+async def _drain(turns: Turns, seconds: float, hurrying: asyncio.Event) -> None:
+    """Lets running turns finish, for so many seconds or until `hurrying`."""
+    hurry = asyncio.create_task(hurrying.wait())
+    drained = asyncio.create_task(turns.drain(seconds))
+    await asyncio.wait({hurry, drained}, return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
+    await turns.drain(0)
+    await drained
+    # Handlers are woken by the end of their turn, and write its answer.
+    await asyncio.sleep(ANSWER_SECONDS)

@@ -10,30 +10,23 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import math
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from chatd import logs
+from chatd.answering import RunningTurn, TurnResult, around, asked, collect, storable
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
 from chatd.errors import (
-    InvalidRequest,
     NotFound,
-    Overloaded,
-    ProviderError,
-    ProviderErrorKind,
-    ProviderFailed,
     ProviderTimeout,
-    RateLimited,
     RequestError,
     ShuttingDown,
     StorageUnavailable,
 )
 from chatd.interceptor import Interceptor, Proceed, TurnContext
-from chatd.provider import Event, Finish, ProviderRequest, TextDelta, Timeouts, UsageReport, checked
-from chatd.routing import Attempt, Router, total_usage
+from chatd.provider import Event, ProviderRequest, Timeouts
+from chatd.routing import Router, total_usage
 from chatd.storage import BeginTurn, BegunTurn, FinishTurn, Storage
 
 log = logging.getLogger(__name__)
@@ -55,68 +48,6 @@ GIVE_UP_SECONDS = 2.0
 
 MAX_MODELS = 1000
 """Models whose tokens are measured; there are as many as chatbots use."""
-
-MAX_RETRY_AFTER = 60.0
-"""The most seconds a client is told to wait, whatever a provider asks."""
-
-
-@dataclass(frozen=True, slots=True)
-class TurnResult:
-    """How a turn ended, for whoever waits for it.
-
-    `error` is set when there is no answer to show. `stored` is false while the reply could not
-    be stored; that is tried again for a while.
-    """
-
-    turn_id: str
-    status: TurnStatus
-    reply: str
-    model: str | None
-    usage: Usage
-    finish_reason: str | None
-    history_truncated: bool
-    stored: bool
-    error: RequestError | None
-
-
-@dataclass(slots=True)
-class RunningTurn:
-    """A turn that runs."""
-
-    id: str
-    run: int
-    session_id: str
-    chatbot: Chatbot
-    history_truncated: bool
-    prompt_chars: int
-    parts: list[str] = field(default_factory=list)
-    usage: Usage = Usage()
-    finish: Finish | None = None
-    attempts: list[Attempt] = field(default_factory=list)
-    answering: bool = True
-    interrupted: bool = False
-    task: asyncio.Task[None] | None = None
-    ended: asyncio.Future[TurnResult] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-    _half: str = ""
-
-    def say(self, text: str) -> None:
-        """Adds to the answer what storage can hold of it: no U+0000, no half of a character."""
-        text = (self._half + text).replace("\0", "")
-        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        if whole := storable(text[: -len(self._half) or None]):
-            self.parts.append(whole)
-
-    def interrupt(self) -> None:
-        """Ends the answering, if it goes on; what was said is kept."""
-        if self.answering and self.task is not None:
-            self.interrupted = True
-            self.task.cancel()
-
-    async def result(self) -> TurnResult:
-        """How the turn ended, once it has. Cancelling the wait does not touch the turn."""
-        return await asyncio.shield(self.ended)
 
 
 class Turns:
@@ -289,7 +220,7 @@ class Turns:
         # A plugin may not let itself be cancelled; its turn ends all the same.
         giving_up = loop.call_at(deadline + GIVE_UP_SECONDS, self._give_up, turn)
         try:
-            status, error = await self._answer(turn, request, deadline)
+            status, error = await collect(turn, self._events(turn, request), deadline)
         finally:
             giving_up.cancel()
         if turn.answering:
@@ -298,7 +229,7 @@ class Turns:
 
     def _give_up(self, turn: RunningTurn) -> None:
         """Ends a turn whose task does not end."""
-        log.error("turn %s was given up: %s does not end", turn.id, _asked(turn))
+        log.error("turn %s was given up: %s does not end", turn.id, asked(turn))
         turn.answering = False
         if turn.task is not None:
             self._tasks.discard(turn.task)
@@ -306,52 +237,6 @@ class Turns:
             turn.task.add_done_callback(self.stuck.discard)
         status = TurnStatus.INTERRUPTED if turn.parts else TurnStatus.FAILED
         self._spawn(self._end(turn, status, ProviderTimeout()))
-
-    async def _answer(
-        self, turn: RunningTurn, request: ProviderRequest, deadline: float
-    ) -> tuple[TurnStatus, RequestError | None]:
-        """Collects the answer, and says how it ended."""
-        scope = asyncio.timeout_at(deadline)
-        try:
-            async with scope, aclosing(self._events(turn, request)) as events:
-                async for event in events:
-                    match event:
-                        case TextDelta(text):
-                            turn.say(text)
-                        case UsageReport(usage):
-                            turn.usage = usage
-                        case Finish():
-                            turn.finish = event
-            if turn.finish is not None and turn.parts:
-                return TurnStatus.COMPLETED, None
-            log.warning("turn %s has no answer: %s said nothing", turn.id, _asked(turn))
-            error: RequestError = ProviderFailed()
-        except asyncio.CancelledError as cancelled:
-            task = asyncio.current_task()
-            if turn.interrupted and task is not None:
-                task.uncancel()
-                error = ShuttingDown()
-            else:
-                error = self._failed(turn, cancelled)
-        except Exception as failure:
-            if scope.expired():
-                error = ProviderTimeout()
-                if turn.attempts:
-                    turn.attempts[-1].fail(ProviderErrorKind.TIMEOUT, reached_model=True)
-                log.warning("turn %s: %s did not answer in time", turn.id, _asked(turn))
-            else:
-                error = self._failed(turn, failure)
-        return (TurnStatus.INTERRUPTED if turn.parts else TurnStatus.FAILED), error
-
-    def _failed(self, turn: RunningTurn, failure: BaseException) -> RequestError:
-        """What the client is told of what ended the answering."""
-        if isinstance(failure, ProviderError):
-            return _told(failure)
-        if isinstance(failure, RequestError):
-            return failure
-        if not isinstance(failure, _PluginFailed):
-            log.error("turn %s failed: %s", turn.id, logs.trace(failure))
-        return RequestError()
 
     def _deadline(self, request: ProviderRequest) -> float:
         """How many seconds a turn may take from being accepted."""
@@ -369,7 +254,7 @@ class Turns:
 
         proceed: Proceed = ask
         for name, interceptor in reversed(self._interceptors):
-            proceed = _around(name, interceptor, proceed)
+            proceed = around(name, interceptor, proceed)
         return proceed(TurnContext(turn.id, turn.session_id, turn.chatbot, request.messages))
 
     async def _end(self, turn: RunningTurn, status: TurnStatus, error: RequestError | None) -> None:
@@ -469,61 +354,6 @@ class Turns:
                 log.warning("turn %s is stored now", finish.turn_id)
             else:
                 log.error("turn %s could not be stored: its reply is lost", finish.turn_id)
-
-
-class _PluginFailed(Exception):
-    """A plugin around the turn failed, and was named in the log."""
-
-
-def _around(name: str, interceptor: Interceptor, inner: Proceed) -> Proceed:
-    """`inner` inside of `interceptor`, whose own failures are logged by name."""
-
-    async def outer(context: TurnContext) -> AsyncGenerator[Event, None]:
-        try:
-            async with aclosing(interceptor.around(context, inner)) as events:
-                async for event in events:
-                    yield checked(event)
-        except (ProviderError, RequestError, _PluginFailed):
-            raise
-        except Exception as error:
-            log.error("interceptor %s raised %s", name, logs.trace(error))
-            raise _PluginFailed from None
-
-    return outer
-
-
-def _asked(turn: RunningTurn) -> str:
-    """Who was asked last, for the log."""
-    return f"provider {turn.attempts[-1].provider}" if turn.attempts else "no provider"
-
-
-def _told(failure: ProviderError) -> RequestError:
-    """What the client is told of a provider's failure: nothing of the provider's own words."""
-    asked = failure.retry_after
-    known = isinstance(asked, int | float) and 0 < asked < math.inf
-    wait = min(float(asked), MAX_RETRY_AFTER) if known and asked is not None else None
-    match failure.kind:
-        case ProviderErrorKind.TIMEOUT:
-            return ProviderTimeout()
-        case ProviderErrorKind.RATE_LIMIT:
-            return RateLimited(
-                "The model provider takes no more requests just now. Try again later.",
-                retry_after=math.ceil(wait) if wait else 5,
-            )
-        case ProviderErrorKind.OVERLOADED if wait:
-            return Overloaded(retry_after=math.ceil(wait))
-        case ProviderErrorKind.CONTEXT_LENGTH:
-            return InvalidRequest("The conversation is too long for this chatbot's model.")
-        case _:
-            return ProviderFailed()
-
-
-def storable(text: str) -> str:
-    """`text` as UTF-8 can hold it: pairs of surrogates joined, single ones replaced, no U+0000."""
-    if text.isascii():
-        return text.replace("\0", "")
-    units = text.replace("\0", "").encode("utf-16-le", "surrogatepass")
-    return units.decode("utf-16-le", "replace")
 
 
 def _pseudonym(chatbot_id: str, user_id: str) -> str:

@@ -15,6 +15,7 @@ FLOORS = [
     {"hookspecs"},
     {"config", "registry"},
     {"routing", "limits", "access"},
+    {"answering"},
     {"turns"},
     {"handlers"},
     {"openapi"},
@@ -26,7 +27,17 @@ FLOORS = [
 """From the ground up. A module may import from every floor below, and not from its own."""
 
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
-DOMAIN = {"domain", "errors", "storage", "provider", "interceptor", "routing", "turns", "access"}
+DOMAIN = {
+    "domain",
+    "errors",
+    "storage",
+    "provider",
+    "interceptor",
+    "routing",
+    "answering",
+    "turns",
+    "access",
+}
 
 
 def imports(path: Path) -> set[str]:

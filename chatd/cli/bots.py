@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from chatd.answering import storable
 from chatd.cli.common import asynchronous, config_option, find_chatbot, json_option, opened_storage
 from chatd.domain import (
     Chatbot,
@@ -20,7 +21,6 @@ from chatd.domain import (
     new_id,
 )
 from chatd.errors import ChatdError
-from chatd.turns import storable
 from chatd.validation import pointer, schema
 
 DEFAULT_MODEL = "openai/gpt-4o-mini"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from chatd.answering import TurnResult
 from chatd.domain import Message, canonical_id
 from chatd.errors import (
     Fault,
@@ -22,7 +23,6 @@ from chatd.errors import (
     TurnRefused,
 )
 from chatd.handlers.base import ApiHandler, Operation, Route
-from chatd.turns import TurnResult
 
 _TURN_ERRORS = (
     NotFound,
