@@ -3,8 +3,21 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 BUNDLED_PLUGINS = ["echo", "openai_compatible", "openrouter", "postgres", "sqlite", "supabase"]
+
+
+class BuildPy(build_py):
+    """Puts schema.sql, which stands at the top where people look for it, into the wheel."""
+
+    def run(self) -> None:
+        """Builds, and copies it beside the configurations."""
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "chatd_config" / "schema.sql"
+            self.copy_file("schema.sql", str(target))
+
 
 setup(
     name="chatd",
@@ -15,6 +28,7 @@ setup(
     license="MIT",
     license_files=["LICENSE", "chatd/static/docs/LICENSE"],
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildPy},
     packages=[*find_packages(include=["chatd", "chatd.*"]), "chatd_plugins", "chatd_config"],
     # The folders keep the short names of the project's layout; what is installed is prefixed,
     # so that site-packages never gets a top-level "plugins" or "config".

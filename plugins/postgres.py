@@ -1,16 +1,24 @@
-"""Storage in PostgreSQL without PostgREST: the same functions, called through asyncpg."""
+"""Storage in PostgreSQL without PostgREST: the same functions, called through asyncpg.
+
+And the command `chatd migrate`, which needs a connection that PostgREST cannot give.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import orjson
 
 import chatd
 
-from .supabase import RETRY_PAUSES, FunctionStorage
+from .supabase import RETRY_PAUSES, FunctionStorage, open_supabase
 
 if TYPE_CHECKING:
     import asyncpg
@@ -110,3 +118,76 @@ _SETTINGS = {
 @chatd.hookimpl
 def chatd_register_storage(register: chatd.StorageRegister) -> None:
     register.add("postgres", open_postgres, _SETTINGS, "PostgreSQL, without PostgREST")
+
+
+def schema_sql() -> str:
+    """The text of schema.sql: beside the configurations in a wheel, above them in a checkout."""
+    folder = Path(str(resources.files("chatd_config")))
+    inside = folder / "schema.sql"
+    path = inside if inside.is_file() else folder.parent / "schema.sql"
+    return path.read_text(encoding="utf-8")
+
+
+async def _apply(url: str) -> None:
+    """Runs schema.sql in the database."""
+    try:
+        import asyncpg  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise chatd.PluginError(_INSTALL) from None
+    try:
+        connection = await asyncpg.connect(url, timeout=10)
+        try:
+            await connection.execute(schema_sql())
+        finally:
+            await connection.close()
+    except (asyncpg.PostgresError, OSError, ValueError) as error:
+        raise chatd.StorageUnavailable(f"postgres: {type(error).__name__}: {error}") from error
+
+
+async def _check() -> None:
+    """Returns when the database is at this version. Raises `StorageUnavailable`."""
+    if (url := os.environ.get("SUPABASE_URL")) and (key := os.environ.get("SUPABASE_KEY")):
+        rest_path = os.environ.get("SUPABASE_REST_PATH", "/rest/v1")
+        storage: FunctionStorage = await open_supabase(
+            {"url": url, "key": key, "rest_path": rest_path}
+        )
+    elif url := os.environ.get("DATABASE_URL"):
+        storage = await open_postgres({"url": url})
+    else:
+        raise chatd.PluginError("set SUPABASE_URL and SUPABASE_KEY, or DATABASE_URL")
+    try:
+        await storage.check()
+    finally:
+        await storage.close()
+
+
+@click.command()
+@click.option("--check", "only_check", is_flag=True, help="Only say whether it is up to date.")
+def migrate(only_check: bool) -> None:
+    """Bring the database of Supabase or PostgreSQL to this version, over $DATABASE_URL.
+
+    Without DATABASE_URL it prints schema.sql, for the SQL editor. With --check it asks, through
+    PostgREST where SUPABASE_URL and SUPABASE_KEY are set, and exits with 1 when something is to do.
+    """
+    url = os.environ.get("DATABASE_URL")
+    try:
+        if only_check:
+            asyncio.run(_check())
+            click.echo("The database is at this version.")
+        elif url:
+            asyncio.run(_apply(url))
+            click.echo("The database is at this version now.")
+        else:
+            click.echo("DATABASE_URL is not set: run this in the SQL editor.", err=True)
+            click.echo(schema_sql(), nl=False)
+    except chatd.PluginError as error:
+        click.echo(f"chatd: {error}", err=True)
+        sys.exit(1)
+    except chatd.StorageUnavailable as error:
+        click.echo(f"chatd: {error.detail}", err=True)
+        sys.exit(1)
+
+
+@chatd.hookimpl
+def chatd_register_commands(cli: click.Group) -> None:
+    cli.add_command(migrate)

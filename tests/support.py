@@ -201,7 +201,9 @@ def clean_env() -> dict[str, str]:
     """This environment without what would change a server's configuration."""
     ours = ("CHATD_", "SUPABASE_", "OPENROUTER_")
     return {
-        k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in ("PORT", "DYNO")
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(ours) and k not in ("PORT", "DYNO", "DATABASE_URL")
     }
 
 

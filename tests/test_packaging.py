@@ -23,7 +23,8 @@ import pytest
 from tests.support import clean_env
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "chatd", "plugins", "config")
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "schema.sql")
+FOLDERS = ("chatd", "plugins", "config")
 SWAGGER = ROOT / "node_modules" / "swagger-ui-dist"
 
 
@@ -33,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in SOURCES:
+    for name in (*SOURCES, *FOLDERS):
         if (ROOT / name).is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, source / name, ignore=ignored)
@@ -180,6 +181,11 @@ def test_an_installed_wheel_has_the_bundled_plugins(installed: Installed, tmp_pa
     for name in ("sqlite", "echo", "openai_compatible", "openrouter"):
         assert name in plugins
     assert str(ROOT) not in plugins
+
+
+def test_the_wheel_carries_the_schema(installed: Installed, tmp_path: Path) -> None:
+    printed = installed.run("migrate", cwd=tmp_path).stdout
+    assert printed == (ROOT / "schema.sql").read_text()
 
 
 def test_init_writes_a_configuration_that_check_accepts(

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -14,6 +15,7 @@ import pytest
 
 from chatd.domain import hash_api_key, new_id
 from tests.postgres import ROLES, ROOT, Postgres, Supabase, jwt
+from tests.support import chatd_command
 
 SCHEMA = (ROOT / "schema.sql").read_text()
 FIRST_VERSION = """
@@ -114,6 +116,50 @@ def test_a_plain_insert_stores_the_key_hashed(postgres: Postgres) -> None:
         f"UPDATE chatbots SET api_key = 'another-key' WHERE api_key = '{stored}' RETURNING api_key;"
     ).strip()
     assert changed == f"sha256:{hash_api_key('another-key').hex()}"
+
+
+# chatd migrate
+
+
+def test_migrate_applies_the_schema_and_checks_it(tmp_path: Path) -> None:
+    server = Postgres()
+    env = {"DATABASE_URL": server.url}
+    try:
+        missing = chatd_command("migrate", "--check", cwd=tmp_path, env=env)
+        assert missing.returncode == 1
+        assert "run schema.sql in it (`chatd migrate`)" in missing.stderr
+        for _ in range(2):
+            applied = chatd_command("migrate", cwd=tmp_path, env=env)
+            assert (applied.returncode, applied.stderr) == (0, "")
+        checked = chatd_command("migrate", "--check", cwd=tmp_path, env=env)
+        assert checked.stdout == "The database is at this version.\n"
+    finally:
+        server.close()
+    gone = chatd_command("migrate", cwd=tmp_path, env=env)
+    assert gone.returncode == 1
+    assert gone.stderr.startswith("chatd: postgres: ")
+    assert "Traceback" not in gone.stderr
+
+
+def test_migrate_checks_through_postgrest(database: Supabase, tmp_path: Path) -> None:
+    env = {"SUPABASE_URL": database.postgrest.url, "SUPABASE_KEY": jwt("service_role")}
+    env["SUPABASE_REST_PATH"] = ""
+    checked = chatd_command("migrate", "--check", cwd=tmp_path, env=env)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    refused = chatd_command(
+        "migrate", "--check", cwd=tmp_path, env={**env, "SUPABASE_KEY": jwt("anon")}
+    )
+    assert refused.returncode == 1
+    assert "is the anon key" in refused.stderr
+
+
+def test_migrate_prints_the_schema_where_it_cannot_connect(tmp_path: Path) -> None:
+    printed = chatd_command("migrate", cwd=tmp_path)
+    assert printed.stdout == SCHEMA
+    assert "run this in the SQL editor" in printed.stderr
+    nothing = chatd_command("migrate", "--check", cwd=tmp_path)
+    assert nothing.returncode == 1
+    assert "set SUPABASE_URL and SUPABASE_KEY, or DATABASE_URL" in nothing.stderr
 
 
 # Who may
