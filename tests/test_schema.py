@@ -207,6 +207,15 @@ def test_with_a_public_key_nothing_can_be_read_written_or_called(
     assert called >= 20, "the functions are there, and refused"
 
 
+def test_what_the_secret_key_asked_for_is_not_given_to_a_public_one(database: Supabase) -> None:
+    url = f"{database.postgrest.url}/rpc/chatd_schema_version"
+    # As often as it takes for every connection of PostgREST to keep its plan.
+    for _ in range(100):
+        assert call(url, jwt("service_role"), "POST", {})[0] == 200
+    for _ in range(20):
+        assert call(url, jwt("anon"), "POST", {})[0] in (401, 403, 404)
+
+
 def test_row_level_security_is_on_without_any_policy(database: Supabase) -> None:
     names = ", ".join(f"'{table}'" for table in TABLES)
     secured = database.postgres.execute(

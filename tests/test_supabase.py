@@ -266,7 +266,7 @@ async def test_a_wrong_key_is_said_to_be_one(supabase: Supabase) -> None:
 async def test_an_older_schema_says_so(supabase: Supabase) -> None:
     storage = await open_with(supabase)
     version = "CREATE OR REPLACE FUNCTION public.chatd_schema_version() RETURNS integer"
-    version += " LANGUAGE sql IMMUTABLE SET search_path = '' AS 'SELECT {}'"
+    version += " LANGUAGE sql STABLE SET search_path = '' AS 'SELECT {}'"
     supabase.postgres.execute(version.format(0))
     try:
         with pytest.raises(StorageUnavailable, match="run schema.sql again"):
