@@ -610,6 +610,18 @@ async def test_a_failed_turns_question_is_in_the_transcript_and_not_in_the_next_
     ]
 
 
+@pytest.mark.parametrize(("usage", "truncated"), [(None, False), ({"prompt_tokens": 9000}, True)])
+async def test_what_a_provider_counts_mends_the_estimate_of_a_token(
+    chat: Open, first: FakeProvider, usage: Any, truncated: bool
+) -> None:
+    # 200 tokens are 800 characters by the estimate, and about 300 by what is counted here.
+    first.always(answer("ho", usage=usage))
+    here = await chat(context_tokens=200)
+    for _ in range(10):
+        last = await here.say("hi, hello")
+    assert last.json["history_truncated"] is truncated
+
+
 @pytest.mark.parametrize(
     ("named", "recorded"),
     [
