@@ -40,6 +40,7 @@ from chatd.provider import (
     ReasoningDelta,
     TextDelta,
     Timeouts,
+    ToolCallDelta,
     UsageReport,
 )
 from chatd.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
@@ -50,6 +51,7 @@ from chatd.storage import (
     FinishTurn,
     MessagePage,
     Rating,
+    Renewed,
     Storage,
     TurnRecord,
 )
@@ -87,6 +89,7 @@ __all__ = [
     "ProviderRequest",
     "Rating",
     "ReasoningDelta",
+    "Renewed",
     "RouteRegister",
     "SSEDecoder",
     "Session",
@@ -96,6 +99,7 @@ __all__ = [
     "StoredMessage",
     "TextDelta",
     "Timeouts",
+    "ToolCallDelta",
     "TurnContext",
     "TurnInProgress",
     "TurnRecord",

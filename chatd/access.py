@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
-from chatd.domain import Channel, Chatbot
+from chatd.domain import Channel, Chatbot, hash_api_key
 from chatd.errors import InvalidApiKey, NotFound, OriginNotAllowed, StorageUnavailable
 from chatd.storage import Storage
 
@@ -61,6 +61,7 @@ class Access:
         cache_seconds: float,
     ) -> None:
         self._chatbots = _Cache(storage.get_chatbot, cache_seconds)
+        self._by_key = _Cache(storage.get_chatbot_by_key, cache_seconds)
         self._storage = storage
         # A session's chatbot and channel never change, and a turn asks storage for it anyway.
         self._sessions = _Cache(self._session, 3600)
@@ -76,6 +77,13 @@ class Access:
             raise InvalidApiKey
         chatbot = await self._chatbots.get(assistant_id)
         if chatbot is None or not chatbot.owns_key(api_key):
+            raise InvalidApiKey
+        return chatbot
+
+    async def client_by_key(self, api_key: str | None) -> Chatbot:
+        """The chatbot that an API key belongs to. Raises `InvalidApiKey`."""
+        chatbot = await self._by_key.get(hash_api_key(api_key)) if api_key else None
+        if chatbot is None:
             raise InvalidApiKey
         return chatbot
 

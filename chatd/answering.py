@@ -23,7 +23,8 @@ from chatd.errors import (
     ShuttingDown,
 )
 from chatd.interceptor import Interceptor, Proceed, TurnContext
-from chatd.provider import Event, Finish, TextDelta, UsageReport, checked
+from chatd.provider import Event, Finish, TextDelta, ToolCallDelta, UsageReport, checked
+from chatd.reply import Reply
 from chatd.routing import Attempt
 
 log = logging.getLogger(__name__)
@@ -32,63 +33,61 @@ MAX_RETRY_AFTER = 60.0
 """The most seconds a client is told to wait, whatever a provider asks."""
 
 
-@dataclass(frozen=True, slots=True)
-class TurnResult:
-    """How a turn ended, for whoever waits for it.
-
-    `error` is set when there is no answer to show. `stored` is false while the reply could not
-    be stored; that is tried again for a while.
-    """
-
-    turn_id: str
-    status: TurnStatus
-    reply: str
-    model: str | None
-    usage: Usage
-    finish_reason: str | None
-    history_truncated: bool
-    stored: bool
-    error: RequestError | None
-
-
 @dataclass(slots=True)
 class RunningTurn:
-    """A turn that runs."""
+    """A turn that runs.
 
-    id: str
-    run: int
-    session_id: str
+    `ending` is how it is to end, when it was told to end before its answer does.
+    """
+
     chatbot: Chatbot
+    reply: Reply
     history_truncated: bool
     prompt_chars: int
-    parts: list[str] = field(default_factory=list)
     usage: Usage = Usage()
     finish: Finish | None = None
     attempts: list[Attempt] = field(default_factory=list)
     answering: bool = True
-    interrupted: bool = False
+    ending: TurnStatus | None = None
     task: asyncio.Task[None] | None = None
-    ended: asyncio.Future[TurnResult] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    began: bool = False
     _half: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.reply.turn_id
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether anything was said, or a tool called."""
+        return bool(self.reply.length or self.reply.tool_calls)
+
+    def take(self, event: Event) -> None:
+        """Adds an event to what the turn has."""
+        match event:
+            case TextDelta(text):
+                self.say(text)
+            case ToolCallDelta():
+                self.reply.call(event)
+            case UsageReport(usage):
+                self.usage = usage
+            case Finish():
+                self.finish = event
 
     def say(self, text: str) -> None:
         """Adds to the answer what storage can hold of it: no U+0000, no half of a character."""
         text = (self._half + text).replace("\0", "")
         self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         if whole := storable(text[: -len(self._half) or None]):
-            self.parts.append(whole)
+            self.reply.say(whole)
 
-    def interrupt(self) -> None:
+    def end_early(self, status: TurnStatus) -> None:
         """Ends the answering, if it goes on; what was said is kept."""
-        if self.answering and self.task is not None:
-            self.interrupted = True
-            self.task.cancel()
-
-    async def result(self) -> TurnResult:
-        """How the turn ended, once it has. Cancelling the wait does not touch the turn."""
-        return await asyncio.shield(self.ended)
+        if self.answering and self.ending is None:
+            self.ending = status
+            # A task that has not begun would never run at all.
+            if self.task is not None and self.began:
+                self.task.cancel()
 
 
 async def collect(
@@ -100,27 +99,23 @@ async def collect(
         makes it later.
     """
     scope = asyncio.timeout_at(deadline)
+    turn.began = True
     try:
+        if turn.ending is not None:
+            return _ended_early(turn)
         async with scope, aclosing(events):
             async for event in events:
-                match event:
-                    case TextDelta(text):
-                        turn.say(text)
-                    case UsageReport(usage):
-                        turn.usage = usage
-                    case Finish():
-                        turn.finish = event
-        if turn.finish is not None and turn.parts:
+                turn.take(event)
+        if turn.finish is not None and turn.has_answer:
             return TurnStatus.COMPLETED, None
         log.warning("turn %s has no answer: %s said nothing", turn.id, asked(turn))
         error: RequestError = ProviderFailed()
     except asyncio.CancelledError as cancelled:
         task = asyncio.current_task()
-        if turn.interrupted and task is not None:
+        if turn.ending is not None and task is not None:
             task.uncancel()
-            error = ShuttingDown()
-        else:
-            error = _failed(turn, cancelled)
+            return _ended_early(turn)
+        error = _failed(turn, cancelled)
     except Exception as failure:
         if scope.expired():
             error = ProviderTimeout()
@@ -129,7 +124,18 @@ async def collect(
             log.warning("turn %s: %s did not answer in time", turn.id, asked(turn))
         else:
             error = _failed(turn, failure)
-    return (TurnStatus.INTERRUPTED if turn.parts else TurnStatus.FAILED), error
+    return unfinished(turn), error
+
+
+def unfinished(turn: RunningTurn) -> TurnStatus:
+    """What a turn is that did not come to its end."""
+    return TurnStatus.INTERRUPTED if turn.has_answer else TurnStatus.FAILED
+
+
+def _ended_early(turn: RunningTurn) -> tuple[TurnStatus, RequestError | None]:
+    if turn.ending is TurnStatus.STOPPED:
+        return TurnStatus.STOPPED, None
+    return unfinished(turn), ShuttingDown()
 
 
 def _failed(turn: RunningTurn, failure: BaseException) -> RequestError:

@@ -20,7 +20,7 @@ from chatd.access import Access
 from chatd.config import Config, ConfigFile, Offers
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
-from chatd.handlers import chat, docs, health, sessions
+from chatd.handlers import chat, docs, health, sessions, turns
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
 from chatd.offers import Offer
@@ -152,16 +152,16 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
             (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
         )
         stack.push_async_callback(_closed, f"interceptor {use.name}", interceptors[-1][1].close)
-    turns = Turns(storage, router, interceptors)
-    stack.push_async_callback(turns.close)
-    await turns.open()
+    running = Turns(storage, router, interceptors)
+    stack.push_async_callback(running.close)
+    await running.open()
     access = Access(
         storage,
         default_origins=config.server.allowed_origins,
         public_url=config.server.public_url,
         cache_seconds=config.server.chatbot_cache_seconds,
     )
-    services = Services(config.server, storage, access, turns)
+    services = Services(config.server, storage, access, running)
     return Runtime(build_application(services, registry.routes), services, router)
 
 
@@ -185,7 +185,13 @@ async def first_chatbot(config: Config, storage: Storage) -> tuple[Chatbot, str]
 def routes() -> list[Route]:
     """chatd's own routes."""
     document = cache(lambda: openapi.build(described, chatd.__version__))
-    described = [*chat.ROUTES, *sessions.ROUTES, *health.ROUTES, docs.openapi_route(document)]
+    described = [
+        *chat.ROUTES,
+        *sessions.ROUTES,
+        *turns.ROUTES,
+        *health.ROUTES,
+        docs.openapi_route(document),
+    ]
     return [*described, *docs.ROUTES]
 
 

@@ -24,6 +24,7 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 
 Role = Literal["system", "user", "assistant"]
 Channel = Literal["api", "widget"]
+OnDisconnect = Literal["finish", "stop"]
 
 
 def new_id() -> str:
@@ -61,6 +62,8 @@ class ChatbotSettings:
     temperature: float | None = None
     allowed_origins: tuple[str, ...] | None = None
     """Origins whose pages may talk to this chatbot; `None` is the server's list."""
+    on_disconnect: OnDisconnect = "finish"
+    """Whether a turn goes on when its last reader goes away."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

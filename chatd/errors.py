@@ -108,6 +108,10 @@ class ProviderError(ChatdError):
         self.reached_model = reached_model
 
 
+PROCESS_LOST = "process_lost"
+"""What storage gives as the error code of a turn whose process ended without it."""
+
+
 class RequestError(ChatdError):
     """A request that ends without what it asked for.
 
@@ -238,10 +242,18 @@ class Overloaded(RequestError):
 
 
 class ShuttingDown(RequestError):
-    """This process takes no new turns."""
+    """This process takes no new turns, or ended with turns running."""
 
     code = "shutting_down"
     default_detail = "The server is restarting. Try again in a moment."
 
     def __init__(self, detail: str | None = None, *, retry_after: float | None = 1) -> None:
         super().__init__(detail, retry_after=retry_after)
+
+
+def error_of(code: str) -> RequestError:
+    """The error that a code stands for, as it is stored with a turn."""
+    if code == PROCESS_LOST:
+        return ShuttingDown()
+    kinds: list[type[RequestError]] = [RequestError, *RequestError.__subclasses__()]
+    return next((kind() for kind in kinds if kind.code == code), RequestError())

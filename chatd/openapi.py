@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -29,6 +30,12 @@ _REQUEST_ID = {
         "schema": {"type": "string"},
     }
 }
+_EVENTS = {
+    "type": "string",
+    "description": "The AI SDK's UI message stream, version 1: `data:` lines with a JSON object whose "
+    "`type` is `start`, `text-start`, `text-delta`, `text-end`, `finish`, `error` or `abort`, each "
+    "with an `id:`; `data: [DONE]` is last. An `error` has the `code` of the plain answer.",
+}
 _INTERNAL = {"$schema", "x-error"}
 
 
@@ -38,7 +45,9 @@ def build(routes: Iterable[Route], version: str) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in routes:
         for method, operation in route.operations.items():
-            if operation.response not in (None, "openapi"):
+            if operation.response != "openapi" and (
+                operation.response or operation.events or operation.nothing
+            ):
                 used.update(n for n in (operation.request, operation.response) if n)
                 entry = _operation(route, method, operation)
                 paths.setdefault(route.path, {})[method.lower()] = entry
@@ -62,6 +71,11 @@ def build(routes: Iterable[Route], version: str) -> dict[str, Any]:
             "schemas": {_title(name): _public(schema(name).document) for name in sorted(used)},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "The API key."},
+                "session": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "The id of a widget's session.",
+                },
                 "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
             },
         },
@@ -73,15 +87,19 @@ def _operation(route: Route, method: str, operation: Operation) -> dict[str, Any
     entry: dict[str, Any] = {
         "operationId": f"{method.lower()}{route.path.title().replace('/', '')}",
         "summary": operation.summary,
-        "responses": {"200": _success(operation), **_problems(errors)},
+        "responses": {**_successes(operation), **_problems(errors)},
     }
+    if parameters := _parameters(route, operation):
+        entry["parameters"] = parameters
     if operation.description:
         entry["description"] = operation.description
     if route.tag:
         entry["tags"] = [route.tag]
     if operation.auth == "api_key":
-        # The third way is `api_key` in the body, so none of these is required.
-        entry["security"] = [{}, {"bearer": []}, {"header": []}]
+        # Where there is a body the third way is `api_key` in it, so none of these is required.
+        entry["security"] = [*([{}] if operation.request else []), {"bearer": []}, {"header": []}]
+    elif operation.auth == "widget":
+        entry["security"] = [{"session": []}]
     if operation.request:
         entry["requestBody"] = {
             "required": True,
@@ -90,13 +108,39 @@ def _operation(route: Route, method: str, operation: Operation) -> dict[str, Any
     return entry
 
 
-def _success(operation: Operation) -> dict[str, Any]:
-    assert operation.response is not None
-    return {
-        "description": "Done.",
-        "headers": _REQUEST_ID,
-        "content": {"application/json": {"schema": _reference(operation.response)}},
-    }
+def _parameters(route: Route, operation: Operation) -> list[dict[str, Any]]:
+    path = [
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string", "format": "uuid"},
+        }
+        for name in re.findall(r"{([a-z_]+)}", route.path)
+    ]
+    return path + [
+        {
+            "name": parameter.name,
+            "in": parameter.place,
+            "schema": dict(parameter.schema),
+            "description": parameter.description,
+        }
+        for parameter in operation.parameters
+    ]
+
+
+def _successes(operation: Operation) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if operation.response is not None:
+        content["application/json"] = {"schema": _reference(operation.response)}
+    if operation.events:
+        content["text/event-stream"] = {"schema": _EVENTS}
+    answers: dict[str, Any] = {}
+    if content:
+        answers["200"] = {"description": "Done.", "headers": _REQUEST_ID, "content": content}
+    if operation.nothing is not None:
+        answers["204"] = {"description": operation.nothing, "headers": _REQUEST_ID}
+    return answers
 
 
 def _problems(errors: Iterable[type[RequestError]]) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from typing import Any, Literal, Protocol, get_args
 
 from chatd.domain import Message, Usage
 
+MAX_TOOL_CALLS = 128
+"""The most tools that a model may call in one answer, as in OpenAI's API."""
+
 FinishReason = Literal["stop", "length", "content_filter", "tool_calls", "other"]
 
 
@@ -27,6 +30,10 @@ class Timeouts:
     idle: float = 60
     total: float = 120
     plain: float = 25
+
+    def of(self, stream: bool) -> float:
+        """How long a whole answer may take, in a stream or in one piece."""
+        return self.total if stream else self.plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,19 @@ class ReasoningDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """Some more of a tool that the model calls, in OpenAI's terms.
+
+    The first of a call has its `id` and `name`; `arguments` adds up to JSON text.
+    """
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class UsageReport:
     """What the answer took; the last one counts."""
 
@@ -77,7 +97,7 @@ class Finish:
     model: str | None = None
 
 
-Event = TextDelta | ReasoningDelta | UsageReport | Finish
+Event = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | Finish
 
 
 def checked(event: Any) -> Event:
@@ -86,6 +106,8 @@ def checked(event: Any) -> Event:
         case TextDelta(text) | ReasoningDelta(text):
             if not isinstance(text, str):
                 raise TypeError(f"{type(event).__name__} with {type(text).__name__} as text")
+        case ToolCallDelta():
+            _check_tool_call(event)
         case UsageReport(usage):
             _check_usage(usage)
         case Finish(reason, model):
@@ -97,6 +119,16 @@ def checked(event: Any) -> Event:
             raise TypeError(f"{type(event).__name__} is not an event")
     known: Event = event
     return known
+
+
+def _check_tool_call(delta: ToolCallDelta) -> None:
+    if type(delta.index) is not int or not 0 <= delta.index < MAX_TOOL_CALLS:
+        raise ValueError("ToolCallDelta with an index that is none")
+    for text in (delta.id, delta.name):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"ToolCallDelta with {type(text).__name__} as id or name")
+    if not isinstance(delta.arguments, str):
+        raise TypeError(f"ToolCallDelta with {type(delta.arguments).__name__} as arguments")
 
 
 def _check_usage(usage: Any) -> None:

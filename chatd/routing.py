@@ -22,6 +22,7 @@ from chatd.provider import (
     ProviderRequest,
     TextDelta,
     Timeouts,
+    ToolCallDelta,
     UsageReport,
     checked,
 )
@@ -128,7 +129,7 @@ class Router:
                 last = target is chain[-1]
                 async with aclosing(_ask(target, request, attempt.model, last=last)) as events:
                     async for event in events:
-                        if isinstance(event, TextDelta):
+                        if isinstance(event, TextDelta | ToolCallDelta):
                             said = True
                         elif isinstance(event, UsageReport):
                             attempt.usage = event.usage
@@ -183,7 +184,7 @@ async def _ask(
             yield event
             if isinstance(event, Finish):
                 return
-            if isinstance(event, TextDelta) and event.text:
+            if isinstance(event, ToolCallDelta) or (isinstance(event, TextDelta) and event.text):
                 said = True
             limit = timeouts.idle if request.stream else limit
     finally:

@@ -72,6 +72,8 @@ class TurnRecord:
     comment: str | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    history_truncated: bool = False
+    run: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,15 @@ class FinishTurn:
     attempts: Sequence[Mapping[str, Any]] = ()
     rerunnable: bool = False
     run: int = 1
+    history_truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What renewing leases told: turns that run no more or elsewhere, and turns to stop."""
+
+    lost: frozenset[str] = frozenset()
+    stopping: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,16 +211,21 @@ class Storage(Protocol):
         stored and the answer is False.
         """
 
-    async def renew_turns(
-        self, turns: Sequence[tuple[str, int]], lease_seconds: float
-    ) -> frozenset[str]:
+    async def renew_turns(self, turns: Sequence[tuple[str, int]], lease_seconds: float) -> Renewed:
         """Lets the leases of these turns (id and run) end `lease_seconds` from now.
 
-        Returns the ids of those that run no more, or run again elsewhere: they are lost.
+        Says which of them run no more, or run again elsewhere: they are lost; and which of them
+        `stop_turn` was called for.
         """
+
+    async def stop_turn(self, turn_id: str, chatbot_id: str) -> bool:
+        """Asks the process that runs a turn to stop it; False when no such turn runs."""
 
     async def get_turn(self, turn_id: str, chatbot_id: str) -> TurnRecord | None:
         """A turn of this chatbot."""
+
+    async def running_turn(self, session_id: str, chatbot_id: str) -> TurnRecord | None:
+        """The turn that runs in a session now. Raises `NotFound` for an unknown session."""
 
     async def rate_turn(
         self, turn_id: str, session_id: str, rating: Rating | None, comment: str | None

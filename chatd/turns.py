@@ -1,7 +1,7 @@
 """A turn, from accepted to stored.
 
-A running turn is a task of its own, not the request's: whoever waits for it may go away, the
-turn goes on and is stored.
+A running turn is a task of its own, not the request's: whoever reads it may go away, the turn
+goes on and is stored, and anybody can read it again from any place.
 """
 
 from __future__ import annotations
@@ -9,49 +9,43 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
 
-from chatd import logs
-from chatd.answering import RunningTurn, TurnResult, around, asked, collect, storable
+from chatd.answering import RunningTurn, around, asked, collect, storable, unfinished
+from chatd.bookkeeping import LEASE_SECONDS, STORE_SECONDS, Books
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
-from chatd.errors import (
-    NotFound,
-    ProviderTimeout,
-    RequestError,
-    ShuttingDown,
-    StorageUnavailable,
-)
+from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, StorageUnavailable
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.provider import Event, ProviderRequest, Timeouts
+from chatd.reply import Reply, TurnResult, shown_reason
 from chatd.routing import Router, total_usage
-from chatd.storage import BeginTurn, BegunTurn, FinishTurn, Storage
+from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Storage, TurnRecord
 
 log = logging.getLogger(__name__)
 
-LEASE_SECONDS = 30.0
-"""How long a turn outlives a process that died, unless storage knows sooner; renewed thrice."""
-
-BEGIN_SECONDS = 10.0
-"""How long storage may take to begin a turn before the client is told to come back."""
-
-STORE_SECONDS = 2.0
-"""How long an answer waits to be stored before the client gets it all the same."""
-
-STORE_LATER_SECONDS = 60.0
-"""How long storing is tried again after that."""
-
 GIVE_UP_SECONDS = 2.0
 """How long after its deadline a turn may take to be cancelled before it is ended without."""
+
+LOOK_SECONDS = 0.5
+"""How often storage is asked about a turn that another process runs."""
 
 MAX_MODELS = 1000
 """Models whose tokens are measured; there are as many as chatbots use."""
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A turn's reply. `replayed` says that the turn was there before, by its idempotency key."""
+
+    reply: Reply
+    replayed: bool = False
+
+
 class Turns:
-    """Runs turns and sees them stored."""
+    """Runs turns, sees them stored, and finds them again."""
 
     def __init__(
         self,
@@ -60,26 +54,25 @@ class Turns:
         interceptors: Sequence[tuple[str, Interceptor]] = (),
     ) -> None:
         self._storage = storage
+        self._books = Books(storage)
         self._router = router
         self._interceptors = tuple(interceptors)
         self._running: dict[str, RunningTurn] = {}
-        self._unstored: dict[str, FinishTurn] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._beginning: dict[str, asyncio.Event] = {}
+        self._elsewhere: dict[str, Reply] = {}
+        self._looking: set[asyncio.Task[None]] = set()
         self._chars_per_token: dict[str, float] = {}
         self._keeper: asyncio.Task[None] | None = None
-        self._starting = 0
         self._closing = False
         self.stuck: set[asyncio.Task[None]] = set()
         """Tasks of turns that were given up because a plugin in them does not end."""
 
     async def open(self) -> None:
         """Clears up after processes that died, and goes on doing so."""
-        try:
-            await self._storage.sweep()
-        except StorageUnavailable as error:
-            # It comes back by itself, and so does this.
-            log.error("storage is unavailable: %s", error.detail)
-        self._keeper = asyncio.create_task(self._keep())
+        await self._books.sweep()
+        self._keeper = asyncio.create_task(self._books.keep(self._leases, self._stop_here))
+
+    # Starting
 
     async def start(
         self,
@@ -89,40 +82,57 @@ class Turns:
         *,
         label: str | None = None,
         stream: bool = False,
-    ) -> RunningTurn:
-        """Begins a turn and lets it run. Raises `RequestError` when it cannot begin."""
+        idempotency_key: str | None = None,
+    ) -> Started:
+        """Begins a turn and lets it run, or finds the one that the idempotency key began.
+
+        Raises `RequestError` when it cannot begin.
+        """
         if self._closing:
             raise ShuttingDown
-        self._starting += 1
+        turn_id = new_id()
+        begun = self._beginning[turn_id] = asyncio.Event()
         try:
-            return await self._start(chatbot, session_id, messages, label, stream)
+            started = await self._start(
+                turn_id, chatbot, session_id, messages, label, stream, idempotency_key
+            )
         finally:
-            self._starting -= 1
+            del self._beginning[turn_id]
+            begun.set()
+        if isinstance(started, RunningTurn):
+            return Started(started.reply)
+        return Started(await self._find(started, chatbot.id), replayed=True)
 
     async def _start(
         self,
+        turn_id: str,
         chatbot: Chatbot,
         session_id: str,
         messages: Sequence[Message],
         label: str | None,
         stream: bool,
-    ) -> RunningTurn:
+        idempotency_key: str | None,
+    ) -> RunningTurn | TurnRecord:
         accepted = asyncio.get_running_loop().time()
         settings = chatbot.settings
         system = [Message("system", settings.system_prompt)] if settings.system_prompt else []
         given = sum(message.cost_chars for message in (*system, *messages))
         budget = settings.context_tokens * self._chars_per_token.get(chatbot.model, CHARS_PER_TOKEN)
-        begun = await self._begin(
+        begun = await self._books.begin(
             BeginTurn(
-                turn_id=new_id(),
+                turn_id=turn_id,
                 session_id=session_id,
                 chatbot_id=chatbot.id,
                 messages=messages,
                 history_chars=max(0, int(budget) - given),
                 lease_seconds=LEASE_SECONDS,
                 label=label,
+                idempotency_key=idempotency_key,
+                request_hash=_digest(label, messages) if idempotency_key else None,
             )
         )
+        if isinstance(begun, ExistingTurn):
+            return begun.turn
         asked = (*system, *begun.history, *messages)
         request = ProviderRequest(
             model=chatbot.model,
@@ -135,48 +145,142 @@ class Turns:
             session_id=_pseudonym(chatbot.id, session_id),
         )
         turn = RunningTurn(
-            id=begun.turn_id,
-            run=begun.run,
-            session_id=session_id,
             chatbot=chatbot,
+            reply=Reply(begun.turn_id, session_id, begun.run),
             history_truncated=begun.history_truncated,
             prompt_chars=sum(len(message.content) for message in asked),
         )
         self._running[turn.id] = turn
-        turn.task = self._spawn(self._run(turn, request, accepted + self._deadline(request)))
+        deadline = accepted + self.timeouts(chatbot).of(stream)
+        turn.task = self._books.spawn(self._run(turn, request, deadline))
         return turn
 
-    async def _begin(self, request: BeginTurn) -> BegunTurn:
+    def timeouts(self, chatbot: Chatbot) -> Timeouts:
+        """How long a turn of this chatbot may take."""
+        chain = self._router.chain(chatbot.model)
+        return chain[0].timeouts if chain else Timeouts()
+
+    # Finding again
+
+    async def follow(
+        self, chatbot: Chatbot, turn_id: str, *, session_id: str | None = None
+    ) -> Reply:
+        """The reply of a turn of this chatbot, whether it runs here, elsewhere, or has ended.
+
+        Raises `NotFound`, also for a turn of another session when `session_id` is given.
+        """
+        if (turn := self._here(chatbot, turn_id, session_id)) is not None:
+            return turn.reply
+        return await self._find(await self.get(chatbot, turn_id, session_id=session_id), chatbot.id)
+
+    def _here(self, chatbot: Chatbot, turn_id: str, session_id: str | None) -> RunningTurn | None:
+        """The turn of this chatbot, and of this session when one is given, if it runs here."""
+        turn = self._running.get(turn_id)
+        if turn is None or turn.chatbot.id != chatbot.id:
+            return None
+        return turn if session_id in (None, turn.reply.session_id) else None
+
+    async def get(
+        self, chatbot: Chatbot, turn_id: str, *, session_id: str | None = None
+    ) -> TurnRecord:
+        """A turn of this chatbot as storage has it. Raises `NotFound`, as `follow` does."""
+        record = await self._storage.get_turn(turn_id, chatbot.id)
+        if record is None or session_id not in (None, record.session_id):
+            raise NotFound("There is no turn with this id.")
+        return record
+
+    async def running_in(self, chatbot: Chatbot, session_id: str) -> Reply | None:
+        """The reply of the turn that runs in a session now. Raises `NotFound`."""
+        record = await self._storage.running_turn(session_id, chatbot.id)
+        return None if record is None else await self._find(record, chatbot.id)
+
+    async def stop(
+        self, chatbot: Chatbot, turn_id: str, *, session_id: str | None = None
+    ) -> TurnResult | None:
+        """Ends a turn and says how it ended; what was said so far is kept.
+
+        One that has ended stays as it is. None when another process runs it: it ends when that one
+        renews its lease. Raises `NotFound`, as `follow` does.
+        """
+        if (turn := self._here(chatbot, turn_id, session_id)) is not None:
+            turn.end_early(TurnStatus.STOPPED)
+            return await turn.reply.ended()
+        record = await self.get(chatbot, turn_id, session_id=session_id)
+        if record.status is not TurnStatus.RUNNING:
+            return TurnResult.of(record)
+        await self._storage.stop_turn(turn_id, chatbot.id)
+        return None
+
+    async def stop_in(self, chatbot: Chatbot, session_id: str) -> None:
+        """Ends the turn that runs in a session of this chatbot here, if one does."""
+        for turn in list(self._running.values()):
+            if turn.reply.session_id == session_id and turn.chatbot.id == chatbot.id:
+                turn.end_early(TurnStatus.STOPPED)
+                await turn.reply.ended()
+
+    def left(self, reply: Reply) -> None:
+        """A reader of `reply` went away before its end."""
+        turn = self._running.get(reply.turn_id)
+        if turn is None or reply.is_read:
+            return
+        if turn.chatbot.settings.on_disconnect == "stop":
+            turn.end_early(TurnStatus.STOPPED)
+
+    async def _find(self, record: TurnRecord, chatbot_id: str) -> Reply:
+        """The reply of a turn that storage has."""
+        if (beginning := self._beginning.get(record.id)) is not None:
+            await beginning.wait()
+        if (turn := self._running.get(record.id)) is not None:
+            return turn.reply
+        if record.status is not TurnStatus.RUNNING:
+            return Reply.of(record)
+        if (reply := self._elsewhere.get(record.id)) is not None and reply.run == record.run:
+            return reply
+        reply = self._elsewhere[record.id] = Reply(record.id, record.session_id, record.run)
+        task = asyncio.create_task(self._look(reply, chatbot_id))
+        self._looking.add(task)
+        task.add_done_callback(self._looking.discard)
+        return reply
+
+    async def _look(self, reply: Reply, chatbot_id: str) -> None:
+        """Asks storage for the end of a turn that another process runs, while anybody waits."""
+        record: TurnRecord | None = None
         try:
-            async with asyncio.timeout(BEGIN_SECONDS):
-                begun = await self._storage.begin_turn(request)
-        except (TimeoutError, StorageUnavailable) as error:
-            # It may have begun all the same, and nobody would run it.
-            self._spawn(self._take_back(request.turn_id))
-            if isinstance(error, StorageUnavailable):
-                raise
-            raise StorageUnavailable(f"begin_turn took more than {BEGIN_SECONDS} s") from None
-        except NotFound:
-            raise NotFound("This chatbot has no session with this id.") from None
-        assert isinstance(begun, BegunTurn), "without an idempotency key every turn is new"
-        return begun
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                with contextlib.suppress(StorageUnavailable):
+                    record = await self._storage.get_turn(reply.turn_id, chatbot_id)
+                    if record is None or record.status is not TurnStatus.RUNNING:
+                        break
+                if not reply.is_read:
+                    return
+        finally:
+            if self._elsewhere.get(reply.turn_id) is reply:
+                del self._elsewhere[reply.turn_id]
+        if record is None:
+            reply.end(_gone(reply))
+        else:
+            reply.say(record.reply or "")
+            reply.end(TurnResult.of(record))
+
+    # Ending
 
     async def drain(self, seconds: float) -> None:
         """Begins no more turns, and waits that long for those that run; the rest is interrupted."""
         self._closing = True
         await self._until_idle(seconds)
         for turn in list(self._running.values()):
-            turn.interrupt()
+            turn.end_early(TurnStatus.INTERRUPTED)
         await self._until_idle(STORE_SECONDS * 2)
-        for task in self._tasks:
+        for task in (*self._books.tasks, *self._looking):
             task.cancel()
 
     async def _until_idle(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
-        while (self._starting or self._tasks) and (left := end - loop.time()) > 0:
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=min(left, 0.1))
+        while (self._beginning or self._books.tasks) and (left := end - loop.time()) > 0:
+            if self._books.tasks:
+                await asyncio.wait(self._books.tasks, timeout=min(left, 0.1))
             else:
                 await asyncio.sleep(min(left, 0.01))
 
@@ -193,27 +297,15 @@ class Turns:
         """Whether no more turns are begun."""
         return self._closing
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _leases(self) -> list[tuple[str, int]]:
+        return [(turn.id, turn.reply.run) for turn in self._running.values()]
 
-    async def _keep(self) -> None:
-        """Renews the leases of running turns, and ends those of processes that are gone."""
-        while True:
-            await asyncio.sleep(LEASE_SECONDS / 3)
-            turns = [(turn.id, turn.run) for turn in self._running.values()]
-            turns += [(finish.turn_id, finish.run) for finish in self._unstored.values()]
-            try:
-                async with asyncio.timeout(LEASE_SECONDS / 3):
-                    if turns:
-                        await self._storage.renew_turns(turns, LEASE_SECONDS)
-                    await self._storage.sweep()
-            except (TimeoutError, StorageUnavailable) as error:
-                log.warning("leases cannot be renewed: %s", error or "no answer in time")
-            except Exception:
-                log.exception("storage raised what no storage should while renewing leases")
+    def _stop_here(self, turn_ids: frozenset[str]) -> None:
+        for turn_id in turn_ids:
+            if (turn := self._running.get(turn_id)) is not None:
+                turn.end_early(TurnStatus.STOPPED)
+
+    # Running
 
     async def _run(self, turn: RunningTurn, request: ProviderRequest, deadline: float) -> None:
         loop = asyncio.get_running_loop()
@@ -232,17 +324,10 @@ class Turns:
         log.error("turn %s was given up: %s does not end", turn.id, asked(turn))
         turn.answering = False
         if turn.task is not None:
-            self._tasks.discard(turn.task)
+            self._books.tasks.discard(turn.task)
             self.stuck.add(turn.task)
             turn.task.add_done_callback(self.stuck.discard)
-        status = TurnStatus.INTERRUPTED if turn.parts else TurnStatus.FAILED
-        self._spawn(self._end(turn, status, ProviderTimeout()))
-
-    def _deadline(self, request: ProviderRequest) -> float:
-        """How many seconds a turn may take from being accepted."""
-        chain = self._router.chain(request.model)
-        timeouts = chain[0].timeouts if chain else Timeouts()
-        return timeouts.total if request.stream else timeouts.plain
+        self._books.spawn(self._end(turn, unfinished(turn), ProviderTimeout()))
 
     def _events(self, turn: RunningTurn, request: ProviderRequest) -> AsyncGenerator[Event, None]:
         """The events of the turn, through the interceptors in their order."""
@@ -255,11 +340,12 @@ class Turns:
         proceed: Proceed = ask
         for name, interceptor in reversed(self._interceptors):
             proceed = around(name, interceptor, proceed)
-        return proceed(TurnContext(turn.id, turn.session_id, turn.chatbot, request.messages))
+        context = TurnContext(turn.id, turn.reply.session_id, turn.chatbot, request.messages)
+        return proceed(context)
 
     async def _end(self, turn: RunningTurn, status: TurnStatus, error: RequestError | None) -> None:
         """Stores how a turn ended, and tells who waits for it."""
-        reply = "".join(turn.parts)
+        text = turn.reply.text
         answered = turn.attempts[-1] if turn.attempts else None
         model = turn.finish.model if turn.finish else None
         if model is None and answered is not None:
@@ -269,9 +355,9 @@ class Turns:
         usage = total_usage(turn.attempts) or turn.usage
         finish = FinishTurn(
             turn_id=turn.id,
-            run=turn.run,
+            run=turn.reply.run,
             status=status,
-            reply=reply,
+            reply=text,
             model=model,
             provider=answered.provider if answered else None,
             finish_reason=finish_reason,
@@ -280,24 +366,24 @@ class Turns:
             attempts=[attempt.to_json() for attempt in turn.attempts],
             rerunnable=status is TurnStatus.FAILED
             and not any(attempt.reached_model for attempt in turn.attempts),
+            history_truncated=turn.history_truncated,
         )
         stored = False
         try:
-            stored = await self._store(finish)
+            stored = await self._books.finish(finish)
         finally:
             self._running.pop(turn.id, None)
-            turn.ended.set_result(
+            turn.reply.end(
                 TurnResult(
                     turn_id=turn.id,
                     status=status,
-                    reply=reply,
+                    reply=text,
                     model=model,
                     usage=usage,
-                    finish_reason=finish_reason or (status.value if reply else None),
+                    finish_reason=shown_reason(finish_reason, status, text),
                     history_truncated=turn.history_truncated,
                     stored=stored,
-                    # Part of an answer is shown, and `finish_reason` tells that it is one.
-                    error=None if reply else error,
+                    error=error,
                 )
             )
         self._learn(turn, usage)
@@ -311,61 +397,28 @@ class Turns:
             if model in self._chars_per_token or len(self._chars_per_token) < MAX_MODELS:
                 self._chars_per_token[model] = 0.8 * known + 0.2 * counted
 
-    async def _store(self, finish: FinishTurn) -> bool:
-        try:
-            async with asyncio.timeout(STORE_SECONDS):
-                stored = await self._storage.finish_turn(finish)
-        except Exception as error:
-            known = isinstance(error, TimeoutError | StorageUnavailable)
-            told = (error or "no answer in time") if known else logs.trace(error)
-            log.error("turn %s is not stored yet: %s", finish.turn_id, told)
-            self._unstored[finish.turn_id] = finish
-            self._spawn(self._store_later(finish))
-            return False
-        if not stored:
-            log.warning("turn %s was not stored: its session went on or is gone", finish.turn_id)
-        return stored
 
-    async def _take_back(self, turn_id: str) -> None:
-        """Ends a turn that began although nobody was told so."""
-        finish = FinishTurn(turn_id, TurnStatus.FAILED, error_code=StorageUnavailable.code)
-        finish = replace(finish, rerunnable=True)
-        for pause in _backoff(STORE_LATER_SECONDS):
-            try:
-                await self._storage.finish_turn(finish)
-                return
-            except StorageUnavailable:
-                await asyncio.sleep(pause)
+def _gone(reply: Reply) -> TurnResult:
+    """The end of a turn that was erased while it ran elsewhere."""
+    return TurnResult(
+        turn_id=reply.turn_id,
+        status=TurnStatus.INTERRUPTED,
+        reply="",
+        model=None,
+        usage=Usage(),
+        finish_reason=None,
+        history_truncated=False,
+        stored=False,
+        error=NotFound("There is no turn with this id."),
+    )
 
-    async def _store_later(self, finish: FinishTurn) -> None:
-        stored = False
-        try:
-            for pause in _backoff(STORE_LATER_SECONDS):
-                await asyncio.sleep(pause)
-                try:
-                    async with asyncio.timeout(STORE_LATER_SECONDS / 4):
-                        stored = await self._storage.finish_turn(finish)
-                    break
-                except Exception as error:
-                    log.error("turn %s is not stored yet: %s", finish.turn_id, type(error).__name__)
-        finally:
-            del self._unstored[finish.turn_id]
-            if stored:
-                log.warning("turn %s is stored now", finish.turn_id)
-            else:
-                log.error("turn %s could not be stored: its reply is lost", finish.turn_id)
+
+def _digest(label: str | None, messages: Sequence[Message]) -> bytes:
+    """What a request says, for telling whether an idempotency key comes with the same again."""
+    said = [label, *([message.role, message.content] for message in messages)]
+    return hashlib.sha256(json.dumps(said).encode()).digest()
 
 
 def _pseudonym(chatbot_id: str, user_id: str) -> str:
     """A stable name of a visitor for a provider, which does not tell who it is."""
     return hashlib.sha256(f"{chatbot_id}\n{user_id}".encode()).hexdigest()[:32]
-
-
-def _backoff(total: float, first: float = 0.25, most: float = 5.0) -> list[float]:
-    """Pauses in seconds, twice as long each time, that add up to `total`."""
-    pauses: list[float] = []
-    pause = first
-    while sum(pauses) < total:
-        pauses.append(pause)
-        pause = min(pause * 2, most)
-    return pauses

@@ -91,6 +91,10 @@ _MIGRATIONS = (
     ) STRICT;
     CREATE INDEX conversations_of_session ON conversations (session_id, id);
     """,
+    """
+    ALTER TABLE turns ADD COLUMN history_truncated INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE turns ADD COLUMN stop_asked INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 """Forward migrations: the n-th brings a database of version n to n + 1. Never edit, only add."""
 
@@ -98,7 +102,8 @@ _CHATBOT = "id, name, model_name, api_key, settings, created_at, updated_at"
 _TURN = (
     "t.turn_id, t.session_id, s.chatbot_id, t.status, t.label, c.content, t.model, t.provider,"
     " t.finish_reason, t.error_code, t.input_tokens, t.output_tokens, t.cached_tokens,"
-    " t.reasoning_tokens, t.cost_usd, t.attempts, t.rating, t.comment, t.started_at, t.finished_at"
+    " t.reasoning_tokens, t.cost_usd, t.attempts, t.rating, t.comment, t.started_at, t.finished_at,"
+    " t.history_truncated, t.run"
 )
 _TURN_FROM = (
     " FROM turns t JOIN sessions s ON s.session_id = t.session_id"
@@ -474,20 +479,36 @@ class SQLiteStorage:
 
     async def renew_turns(
         self, turns: Sequence[tuple[str, int]], lease_seconds: float
-    ) -> frozenset[str]:
-        def work(db: apsw.Connection) -> frozenset[str]:
-            lost = set()
+    ) -> chatd.Renewed:
+        def work(db: apsw.Connection) -> chatd.Renewed:
+            lost, stopping = set(), set()
             for turn_id, run in turns:
-                db.execute(
+                renewed = db.execute(
                     "UPDATE turns SET lease_until = unixepoch('subsec') + ?"
-                    " WHERE turn_id = ? AND run = ? AND status = 'running'",
+                    " WHERE turn_id = ? AND run = ? AND status = 'running' RETURNING stop_asked",
                     (lease_seconds, turn_id, run),
-                )
-                if not db.changes():
+                ).fetchone()
+                if renewed is None:
                     lost.add(turn_id)
-            return frozenset(lost)
+                elif renewed[0]:
+                    stopping.add(turn_id)
+            return chatd.Renewed(frozenset(lost), frozenset(stopping))
 
         return await self._writer.submit(work)
+
+    async def stop_turn(self, turn_id: str, chatbot_id: str) -> bool:
+        return await self._change(
+            "UPDATE turns SET stop_asked = 1 WHERE turn_id = ? AND status = 'running' AND"
+            " session_id IN (SELECT session_id FROM sessions WHERE chatbot_id = ?)",
+            (turn_id, chatbot_id),
+        )
+
+    async def running_turn(self, session_id: str, chatbot_id: str) -> chatd.TurnRecord | None:
+        def work(db: apsw.Connection) -> chatd.TurnRecord | None:
+            _require_session(db, session_id, chatbot_id)
+            return _stored_turn(db, "t.session_id = ? AND t.status = 'running'", session_id)
+
+        return await self._reader.submit(work)
 
     async def get_turn(self, turn_id: str, chatbot_id: str) -> chatd.TurnRecord | None:
         row = await self._reader.submit(
@@ -622,7 +643,7 @@ def _known(
         if same and newest:
             db.execute(
                 "UPDATE turns SET status = 'running', run = run + 1, rerunnable = 0, error_code = NULL,"
-                " finished_at = NULL, lease_until = unixepoch('subsec') + ? WHERE turn_id = ?",
+                " stop_asked = 0, finished_at = NULL, lease_until = unixepoch('subsec') + ? WHERE turn_id = ?",
                 (request.lease_seconds, turn_id),
             )
             return _begun(db, request, turn_id, user_id)
@@ -697,7 +718,7 @@ def _finish(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
         "UPDATE turns SET status = ?, rerunnable = ?, reply_id = ?, model = ?, provider = ?,"
         " finish_reason = ?, error_code = ?, input_tokens = ?, output_tokens = ?,"
         " cached_tokens = ?, reasoning_tokens = ?, cost_usd = ?, attempts = ?,"
-        " finished_at = unixepoch('subsec') WHERE turn_id = ?",
+        " history_truncated = ?, finished_at = unixepoch('subsec') WHERE turn_id = ?",
         (
             result.status,
             result.rerunnable,
@@ -712,6 +733,7 @@ def _finish(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
             usage.reasoning_tokens,
             usage.cost_usd,
             json.dumps(list(result.attempts)),
+            result.history_truncated,
             result.turn_id,
         ),
     )
@@ -756,7 +778,7 @@ def _turn(row: Any) -> chatd.TurnRecord:
     id, session, chatbot, status, label, reply, model, provider, finish_reason, error_code = row[
         :10
     ]
-    attempts, rating, comment, started_at, finished_at = row[15:]
+    attempts, rating, comment, started_at, finished_at, history_truncated, run = row[15:]
     return chatd.TurnRecord(
         id=id,
         session_id=session,
@@ -774,6 +796,8 @@ def _turn(row: Any) -> chatd.TurnRecord:
         comment=comment,
         started_at=_time(started_at),
         finished_at=_time(finished_at),
+        history_truncated=bool(history_truncated),
+        run=run,
     )
 
 

@@ -357,6 +357,7 @@ def test_add_prints_one_object_with_id_and_key(tmp_path: Path) -> None:
         "max_output_tokens",
         "temperature",
         "allowed_origins",
+        "on_disconnect",
     }
 
 
@@ -372,6 +373,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "--context-tokens": "4000",
         "--max-output-tokens": "300",
         "--temperature": "0.5",
+        "--on-disconnect": "stop",
         "--allowed-origin": "https://a.example",
     }
     options = [word for pair in given.items() for word in pair]
@@ -385,6 +387,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "max_output_tokens": 300,
         "temperature": 0.5,
         "allowed_origins": ["https://a.example", "https://b.example"],
+        "on_disconnect": "stop",
     }
     assert bot == {**expected, "api_key": KEY}
     shown = each(tmp_path, [["bots", "show", name, "--json"] for name in (id, "Zoë")])

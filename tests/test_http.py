@@ -350,7 +350,7 @@ async def test_a_list_without_a_new_message_is_not_valid(served: Served) -> None
         ("/api/chat/widget/session", {"chatbot_id": None}),
         ("/api/chat/widget", {"session_id": new_id(), "message": ""}),
         ("/api/chat/widget", {"session_id": new_id(), "message": ["a"]}),
-        ("/api/chat/widget", {"session_id": new_id(), "message": "a", "stream": True}),
+        ("/api/chat/widget", {"session_id": new_id(), "message": "a", "stream": "yes"}),
     ],
 )
 async def test_json_that_does_not_fit_its_schema_is_not_valid(

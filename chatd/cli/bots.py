@@ -43,6 +43,11 @@ def _settings_options(command: Any) -> Any:
             help="An origin whose pages may talk to it; several may be given. "
             '"default" is the server\'s list.',
         ),
+        click.option(
+            "--on-disconnect",
+            metavar="finish|stop",
+            help="Whether a turn goes on when its reader goes away.",
+        ),
         click.option("--temperature", metavar="0..2", help='"default" is the provider\'s.'),
         click.option("--max-output-tokens", metavar="N", help='"default" is the provider\'s.'),
         click.option("--context-tokens", metavar="N", help="The most tokens a model is given."),

@@ -76,10 +76,9 @@ def _resolve(line: asyncio.Future[str], text: str) -> None:
 async def _say(turns: Turns, chatbot: Chatbot, session_id: str, text: str) -> bool:
     """Prints the answer, or why there is none; whether there was one."""
     try:
-        turn = await turns.start(chatbot, session_id, [Message("user", text)], label="terminal")
-        result = await turn.result()
-        if result.error is not None:
-            raise result.error
+        said = [Message("user", text)]
+        started = await turns.start(chatbot, session_id, said, label="terminal")
+        result = (await started.reply.ended()).require()
     except RequestError as error:
         click.echo(f"({error.detail})", err=True)
         return False

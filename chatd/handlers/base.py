@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Literal
@@ -50,7 +50,19 @@ _ALLOW_HEADERS = (
     "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Request-Id"
 )
 
+_EXPOSE_HEADERS = "X-Request-Id, Retry-After, Idempotency-Replayed"
+
 Auth = Literal["none", "api_key", "widget"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A header or a value in a query that an operation reads."""
+
+    name: str
+    place: Literal["header", "query"]
+    schema: Mapping[str, Any]
+    description: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,9 @@ class Operation:
     """A method of a route: what validates and documents it.
 
     `auth` has no default, so that no route forgets to say who may. `request` and `response`
-    name schemas; `errors` are those beside what every route can give.
+    name schemas; `events` says that the answer is, or with a `response` may be, a stream of
+    events; `nothing` describes when there is nothing to answer with (204). `errors` are those
+    beside what every route can give.
     """
 
     summary: str
@@ -66,6 +80,9 @@ class Operation:
     description: str = ""
     request: str | None = None
     response: str | None = None
+    events: bool = False
+    nothing: str | None = None
+    parameters: tuple[Parameter, ...] = ()
     errors: tuple[type[RequestError], ...] = ()
 
 
@@ -106,6 +123,8 @@ class ApiHandler(RequestHandler):
     route: Route | None
     chatbot: Chatbot | None = None
     error_code: str | None = None
+    streams = False
+    """Whether an answer may be server-sent events."""
 
     def initialize(self, services: Services, route: Route | None = None, **arguments: Any) -> None:
         self.services = services
@@ -115,6 +134,7 @@ class ApiHandler(RequestHandler):
         self._received = 0
         self._early = True
         self._cors = False
+        self.on_gone: Callable[[], None] | None = None
         given = self.request.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         logs.request_id.set(self.request_id)
@@ -131,7 +151,7 @@ class ApiHandler(RequestHandler):
         origin = self.request.headers.get("Origin")
         if origin is not None and self._cors:
             self.set_header("Access-Control-Allow-Origin", origin)
-            self.set_header("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")
+            self.set_header("Access-Control-Expose-Headers", _EXPOSE_HEADERS)
 
     async def prepare(self) -> None:
         headers = self.request.headers
@@ -163,12 +183,17 @@ class ApiHandler(RequestHandler):
 
     # Reading
 
+    @property
+    def operation(self) -> Operation | None:
+        """What the route says of the request's method."""
+        method = "GET" if self.request.method == "HEAD" else str(self.request.method)
+        return self.route.operations.get(method) if self.route else None
+
     def body(self) -> Any:
         """The body, read and fitting the operation's schema. Raises what does not fit."""
         value = self.json_body()
-        wanted = self.route.operations[str(self.request.method)].request if self.route else None
-        if wanted is not None:
-            schema(wanted).require(value)
+        if self.operation is not None and self.operation.request is not None:
+            schema(self.operation.request).require(value)
         return value
 
     def json_body(self) -> Any:
@@ -180,9 +205,15 @@ class ApiHandler(RequestHandler):
             raise UnsupportedMediaType
         if self.request.headers.get("Content-Encoding", "identity") not in ("", "identity"):
             raise UnsupportedMediaType
-        if not _accepts_json(self.request.headers.get("Accept", "")):
+        accept = self.request.headers.get("Accept", "")
+        if not (_accepts(accept, "json") or (self.streams and _accepts(accept, "event-stream"))):
             raise NotAcceptable
         return parse_json(b"".join(self._chunks))
+
+    def wants_events(self, body: Mapping[str, Any]) -> bool:
+        """Whether the answer is to be a stream of events."""
+        accept = self.request.headers.get("Accept", "")
+        return bool(body.get("stream")) or not _accepts(accept, "json")
 
     def api_key(self, body: Mapping[str, Any]) -> str | None:
         """The API key, from wherever it came. Raises `InvalidApiKey` when there are two."""
@@ -213,12 +244,22 @@ class ApiHandler(RequestHandler):
                 self.services.access.require_origin(origin, chatbot)
         return chatbot
 
+    def on_connection_close(self) -> None:
+        if self.on_gone is not None:
+            self.on_gone()
+
     # Answering
 
     def answer(self, value: Any) -> None:
         """Answers 200 with JSON."""
         self.set_header("Content-Type", "application/json")
-        self.finish(orjson.dumps(value))
+        self.finish(orjson.dumps(value, option=orjson.OPT_UTC_Z))
+
+    def answer_nothing(self) -> None:
+        """Answers 204."""
+        self.set_status(204)
+        self.clear_header("Content-Type")
+        self.finish()
 
     def compute_etag(self) -> str | None:
         return None
@@ -297,14 +338,16 @@ def _as_request_error(status: int, exc_info: Any) -> RequestError:
             return RequestError()
 
 
-def _accepts_json(header: str) -> bool:
-    """Whether an Accept header (RFC 9110, 12.5.1) leaves room for application/json."""
+def _accepts(header: str, kind: Literal["json", "event-stream"]) -> bool:
+    """Whether an Accept header (RFC 9110, 12.5.1) leaves room for this kind of answer."""
     if not header.strip():
         return True
     best: tuple[int, float] = (-1, 0.0)
+    family = "application" if kind == "json" else "text"
+    ways = {"*/*": 0, f"{family}/*": 1, f"{family}/{kind}": 2}
     for part in header.split(","):
         name, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        how = {"*/*": 0, "application/*": 1, "application/json": 2}.get(name)
+        how = ways.get(name)
         if how is not None and how > best[0]:
             best = (how, _quality(parameters))
     return best[1] > 0

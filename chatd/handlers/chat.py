@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chatd.answering import TurnResult
 from chatd.domain import Message, canonical_id
 from chatd.errors import (
     Fault,
+    IdempotencyKeyReused,
     InvalidApiKey,
     InvalidRequest,
     NotFound,
@@ -22,10 +22,12 @@ from chatd.errors import (
     TurnInProgress,
     TurnRefused,
 )
-from chatd.handlers.base import ApiHandler, Operation, Route
+from chatd.handlers.base import Operation, Route
+from chatd.handlers.streaming import IDEMPOTENCY_KEY, TurnHandler, outcome
 
 _TURN_ERRORS = (
     NotFound,
+    IdempotencyKeyReused,
     TurnRefused,
     TurnInProgress,
     RateLimited,
@@ -59,20 +61,7 @@ def new_messages(messages: Sequence[dict[str, Any]]) -> list[Message]:
     return new[::-1]
 
 
-def _outcome(result: TurnResult) -> dict[str, Any]:
-    """What both endpoints tell of a turn. Raises the error of one without an answer."""
-    if result.error is not None:
-        raise result.error
-    return {
-        "response": result.reply,
-        "turn_id": result.turn_id,
-        "finish_reason": result.finish_reason,
-        "history_truncated": result.history_truncated,
-        "stored": result.stored,
-    }
-
-
-class ChatHandler(ApiHandler):
+class ChatHandler(TurnHandler):
     """`POST /api/chat`."""
 
     async def post(self) -> None:
@@ -80,24 +69,38 @@ class ChatHandler(ApiHandler):
         assistant_id = canonical_id(body["assistant_id"]) or ""
         chatbot = await self.services.access.client(assistant_id, self.api_key(body))
         self.serve_chatbot(chatbot, check_origin=False)
-        turn = await self.services.turns.start(
-            chatbot,
-            canonical_id(body["session_id"]) or "",
-            new_messages(body["messages"]),
-            label=body["type"],
+        session_id = canonical_id(body["session_id"]) or ""
+        await self.say(session_id, new_messages(body["messages"]), body, label=body["type"])
+
+    async def say(
+        self,
+        session_id: str,
+        messages: Sequence[Message],
+        body: dict[str, Any],
+        *,
+        label: str,
+        private: bool = True,
+    ) -> None:
+        """Runs a turn, and answers with its reply in the form that is asked for."""
+        assert self.chatbot is not None
+        stream = self.wants_events(body)
+        started = await self.services.turns.start(
+            self.chatbot,
+            session_id,
+            messages,
+            label=label,
+            stream=stream,
+            idempotency_key=self.idempotency_key(),
         )
-        result = await turn.result()
-        outcome = _outcome(result)
-        outcome["model"] = result.model
-        outcome["usage"] = {
-            "input_tokens": result.usage.input_tokens,
-            "output_tokens": result.usage.output_tokens,
-            "cost_usd": result.usage.cost_usd,
-        }
-        self.answer(outcome)
+        if stream:
+            self.tell_replayed(started)
+            await self.events(started.reply, private=private)
+        else:
+            result = await self.whole(started)
+            self.answer({"response": result.reply, **outcome(result, private=private)})
 
 
-class WidgetChatHandler(ApiHandler):
+class WidgetChatHandler(ChatHandler):
     """`POST /api/chat/widget`. What it costs and who answers is not the visitor's to know."""
 
     async def post(self) -> None:
@@ -105,10 +108,8 @@ class WidgetChatHandler(ApiHandler):
         session_id = canonical_id(body["session_id"]) or ""
         chatbot = await self.services.access.widget_session(session_id)
         self.serve_chatbot(chatbot, check_origin=True)
-        turn = await self.services.turns.start(
-            chatbot, session_id, [Message("user", body["message"])], label="widget"
-        )
-        self.answer(_outcome(await turn.result()))
+        said = [Message("user", body["message"])]
+        await self.say(session_id, said, body, label="widget", private=False)
 
 
 ROUTES = [
@@ -125,6 +126,8 @@ ROUTES = [
                 auth="api_key",
                 request="chat_request",
                 response="chat_answer",
+                events=True,
+                parameters=(IDEMPOTENCY_KEY,),
                 errors=(InvalidApiKey, *_TURN_ERRORS),
             )
         },
@@ -139,6 +142,8 @@ ROUTES = [
                 auth="none",
                 request="widget_chat_request",
                 response="widget_chat_answer",
+                events=True,
+                parameters=(IDEMPOTENCY_KEY,),
                 errors=(OriginNotAllowed, *_TURN_ERRORS),
             )
         },

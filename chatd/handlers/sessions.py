@@ -5,11 +5,14 @@ from __future__ import annotations
 from chatd.domain import Session, canonical_id, new_id
 from chatd.errors import (
     InvalidApiKey,
+    InvalidRequest,
     NotFound,
     OriginNotAllowed,
+    RequestError,
     StorageUnavailable,
 )
-from chatd.handlers.base import ApiHandler, Operation, Route
+from chatd.handlers.base import ApiHandler, Auth, Operation, Parameter, Route
+from chatd.handlers.streaming import TurnHandler
 
 
 class SessionHandler(ApiHandler):
@@ -47,6 +50,120 @@ class WidgetSessionHandler(ApiHandler):
         self.answer({"session_id": session.id})
 
 
+class MessagesHandler(TurnHandler):
+    """`GET session/{session_id}/messages`, and `GET messages` for a widget."""
+
+    async def get(self, session_id: str | None = None) -> None:
+        chatbot, session = await self.caller_in(session_id)
+        limit = self.whole_number("limit", DEFAULT_PAGE, most=MAX_PAGE)
+        before = self.whole_number("before", None, most=2**63 - 1)
+        assert limit is not None
+        storage = self.services.storage
+        page = await storage.list_messages(session, chatbot.id, limit=limit, before=before)
+        self.answer(
+            {
+                "data": [
+                    {
+                        "id": str(message.id),
+                        "role": message.role,
+                        "content": message.content,
+                        "timestamp": message.timestamp,
+                        "turn_id": message.turn_id,
+                    }
+                    for message in page.data
+                ],
+                "has_more": page.has_more,
+                "next_cursor": str(page.data[0].id) if page.has_more else None,
+            }
+        )
+
+    def whole_number(self, name: str, default: int | None, *, most: int) -> int | None:
+        """A number of the query, from 1 to `most`. Raises `InvalidRequest`."""
+        text = self.get_query_argument(name, None)
+        if text is None:
+            return default
+        if not (text.isascii() and text.isdigit() and len(text) <= 19 and 1 <= int(text) <= most):
+            raise InvalidRequest(f"{name} in the address must be a whole number from 1 to {most}.")
+        return int(text)
+
+
+class OneSessionHandler(TurnHandler):
+    """`DELETE session/{session_id}`, and `DELETE session` for a widget."""
+
+    async def delete(self, session_id: str | None = None) -> None:
+        chatbot, session = await self.caller_in(session_id)
+        await self.services.turns.stop_in(chatbot, session)
+        if not await self.services.storage.delete_session(session, chatbot.id):
+            raise NotFound("This chatbot has no session with this id.")
+        self.answer_nothing()
+
+
+class WidgetOneSessionHandler(WidgetSessionHandler, OneSessionHandler):
+    """Both on one path."""
+
+
+class StreamHandler(TurnHandler):
+    """`GET session/{session_id}/stream`, and `GET stream` for a widget."""
+
+    async def get(self, session_id: str | None = None) -> None:
+        chatbot, session = await self.caller_in(session_id)
+        reply = await self.services.turns.running_in(chatbot, session)
+        if reply is None:
+            self.answer_nothing()
+        else:
+            await self.events(reply, private=self.private)
+
+
+DEFAULT_PAGE = 50
+MAX_PAGE = 200
+_LIMIT = Parameter(
+    "limit",
+    "query",
+    {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": DEFAULT_PAGE},
+    "The most messages to answer with.",
+)
+_BEFORE = Parameter(
+    "before",
+    "query",
+    {"type": "integer", "minimum": 1, "maximum": 2**63 - 1},
+    "Only messages before this one: a page's `next_cursor`.",
+)
+
+
+def _operations(auth: Auth, refused: type[RequestError]) -> tuple[Operation, Operation, Operation]:
+    """Reading, erasing and following a session: the same for clients and for widgets."""
+    errors = (refused, NotFound, StorageUnavailable)
+    return (
+        Operation(
+            summary="What was said in a session",
+            description="The newest page first, and within a page the oldest message first.",
+            auth=auth,
+            response="messages_page",
+            parameters=(_LIMIT, _BEFORE),
+            errors=(InvalidRequest, *errors),
+        ),
+        Operation(
+            summary="Erase a session",
+            description="Removes the session and everything said in it. A running turn is stopped.",
+            auth=auth,
+            nothing="Erased.",
+            errors=errors,
+        ),
+        Operation(
+            summary="The events of the turn that runs now",
+            description="From the turn's start.",
+            auth=auth,
+            events=True,
+            nothing="No turn runs.",
+            errors=errors,
+        ),
+    )
+
+
+_MESSAGES, _ERASE, _STREAM = _operations("api_key", InvalidApiKey)
+_OWN_MESSAGES, _ERASE_OWN, _OWN_STREAM = _operations("widget", OriginNotAllowed)
+_SESSION = "/api/chat/session/{session_id}"
+
 ROUTES = [
     Route(
         "/api/chat/session",
@@ -65,8 +182,9 @@ ROUTES = [
     ),
     Route(
         "/api/chat/widget/session",
-        WidgetSessionHandler,
+        WidgetOneSessionHandler,
         {
+            "DELETE": _ERASE_OWN,
             "POST": Operation(
                 summary="Begin a widget's session",
                 description="Begins a conversation from a page of one of the chatbot's origins. "
@@ -75,8 +193,13 @@ ROUTES = [
                 request="widget_session_request",
                 response="session_answer",
                 errors=(OriginNotAllowed, NotFound, StorageUnavailable),
-            )
+            ),
         },
         tag="Widget",
     ),
+    Route(_SESSION, OneSessionHandler, {"DELETE": _ERASE}, tag="REST"),
+    Route(f"{_SESSION}/messages", MessagesHandler, {"GET": _MESSAGES}, tag="REST"),
+    Route(f"{_SESSION}/stream", StreamHandler, {"GET": _STREAM}, tag="REST"),
+    Route("/api/chat/widget/messages", MessagesHandler, {"GET": _OWN_MESSAGES}, tag="Widget"),
+    Route("/api/chat/widget/stream", StreamHandler, {"GET": _OWN_STREAM}, tag="Widget"),
 ]

@@ -33,7 +33,7 @@ from chatd.domain import (
     new_id,
 )
 from chatd.errors import ConflictError, IdempotencyKeyReused, NotFound, TurnInProgress
-from chatd.storage import BeginTurn, BegunTurn, ExistingTurn, FinishTurn, Storage
+from chatd.storage import BeginTurn, BegunTurn, ExistingTurn, FinishTurn, Renewed, Storage
 
 Opener = Callable[[], Awaitable[Storage]]
 SHORT_LEASE = 0.05
@@ -418,8 +418,8 @@ class StorageConformance:
     async def test_a_renewed_turn_keeps_running(self, storage: Storage, session: Session) -> None:
         begun = await _begin(storage, a_turn(session, lease_seconds=SHORT_LEASE))
         unknown = new_id()
-        lost = await storage.renew_turns([(begun.turn_id, begun.run), (unknown, 1)], 60)
-        assert lost == {unknown}
+        renewed = await storage.renew_turns([(begun.turn_id, begun.run), (unknown, 1)], 60)
+        assert renewed == Renewed(lost=frozenset({unknown}))
         await asyncio.sleep(AFTER_SHORT_LEASE)
         await storage.sweep()
         with pytest.raises(TurnInProgress):
@@ -429,8 +429,8 @@ class StorageConformance:
         self, storage: Storage, session: Session
     ) -> None:
         turn = await _complete(storage, session, "q", "a")
-        assert await storage.renew_turns([(turn, 1)], 60) == {turn}
-        assert await storage.renew_turns([], 60) == frozenset()
+        assert await storage.renew_turns([(turn, 1)], 60) == Renewed(lost=frozenset({turn}))
+        assert await storage.renew_turns([], 60) == Renewed()
         record = await storage.get_turn(turn, session.chatbot_id)
         assert record is not None
         assert record.status is TurnStatus.COMPLETED
@@ -541,7 +541,8 @@ class StorageConformance:
         assert second.run > first.run
         late = FinishTurn(first.turn_id, TurnStatus.COMPLETED, "late", run=first.run)
         assert await storage.finish_turn(late) is False
-        assert await storage.renew_turns([(first.turn_id, first.run)], 60) == {first.turn_id}
+        renewed = await storage.renew_turns([(first.turn_id, first.run)], 60)
+        assert renewed.lost == {first.turn_id}
         done = FinishTurn(second.turn_id, TurnStatus.COMPLETED, "right", run=second.run)
         assert await storage.finish_turn(done) is True
         assert await storage.finish_turn(late) is False

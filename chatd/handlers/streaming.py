@@ -1,0 +1,341 @@
+"""A reply over HTTP: whole, or as events, written as it comes and no faster than it is read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import orjson
+from tornado.iostream import StreamClosedError
+
+from chatd.domain import Chatbot, TurnStatus, canonical_id
+from chatd.errors import InvalidRequest, MalformedRequest, NotFound, ProviderTimeout
+from chatd.handlers.base import ApiHandler, Parameter
+from chatd.handlers.problems import problem_body
+from chatd.reply import Reply, TurnResult
+from chatd.turns import Started
+
+HEARTBEAT_SECONDS = 15.0
+"""How long a stream is silent before a comment says that it lives; routers give up after 55 s."""
+
+SLOW_READER_SECONDS = 30.0
+"""How long a reader may leave one write unread before it is dropped."""
+
+MAX_WRITE_CHARS = 8 * 1024
+"""The most of a reply that is written at once: 48 KiB when every character is escaped."""
+
+SEND_BUFFER_BYTES = 64 * 1024
+"""What the system may hold for one reader (Linux doubles it): with a write, below 256 KiB."""
+
+RUN_STRIDE = 10**10
+"""How far apart the ids of a turn's runs are, more than any reply needs."""
+
+MAX_EVENT_ID = 2**53 - 1
+"""JavaScript's largest whole number."""
+
+IDEMPOTENCY_KEY = Parameter(
+    "Idempotency-Key",
+    "header",
+    {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    "Makes it safe to send the request again: the same key with the same body, in the same session, "
+    "joins the running turn or replays its stored result.",
+)
+LAST_EVENT_ID = Parameter(
+    "Last-Event-ID",
+    "header",
+    {"type": "string", "pattern": "^[0-9]{1,15}$"},
+    "The id of the last event that you have; the stream goes on after it.",
+)
+
+
+class Format(Protocol):
+    """A wire format: makes bytes of a reply, as much of it as there is."""
+
+    headers: Mapping[str, str]
+    is_done: bool
+
+    def advance(self) -> bytes:
+        """What is new since the last call, bounded; empty when nothing is."""
+
+
+class UIMessageStream:
+    """The AI SDK's UI message stream, version 1, as server-sent events with ids.
+
+    The ids of a turn grow: 1 is the start, 2 the text's start, `4n` the delta that ends at
+    character `n`, `4n + 1` the text's end and `4n + 3` the last event. So a reader that says
+    which it has goes on exactly there, whoever answers it. Another run of the turn begins
+    `RUN_STRIDE` later, and a reader of an earlier run from its start.
+
+    :param after: the id of the last event that the reader has; 0 for none.
+    :param private: whether the reader may know what the turn cost and who answered.
+    :param request_id: what an error names, for the log.
+    """
+
+    headers: Mapping[str, str] = {
+        "Content-Type": "text/event-stream; charset=utf-8",
+        "X-Accel-Buffering": "no",
+        "x-vercel-ai-ui-message-stream": "v1",
+    }
+
+    def __init__(self, reply: Reply, *, after: int, private: bool, request_id: str) -> None:
+        self.is_done = False
+        self._reply = reply
+        self._private = private
+        self._request_id = request_id
+        self._base = (reply.run - 1) * RUN_STRIDE
+        after = after - self._base if after - self._base in range(1, RUN_STRIDE) else 0
+        self._place, event = divmod(after, 4)
+        self._began = after >= 1
+        self._text_began = after >= 2 and after != 3
+        self._text_ended = self._place > 0 and event == 1
+        self._ended = event == 3
+
+    def advance(self) -> bytes:
+        reply, events = self._reply, []
+        if not self._began:
+            self._began = True
+            events.append(b":\n\n")
+            metadata = {"turn_id": reply.turn_id, "session_id": reply.session_id}
+            start = {"type": "start", "messageId": reply.turn_id, "messageMetadata": metadata}
+            events.append(self._event(1, start))
+        result = reply.result
+        if text := reply.text_from(self._place, MAX_WRITE_CHARS):
+            if not self._text_began:
+                self._text_began = True
+                events.append(self._event(2, {"type": "text-start", "id": "0"}))
+            self._place += len(text)
+            delta = {"type": "text-delta", "id": "0", "delta": text}
+            events.append(self._event(4 * self._place, delta))
+        elif result is not None and not self.is_done:
+            self.is_done = True
+            if self._text_began and not (self._text_ended or self._ended):
+                events.append(self._event(4 * self._place + 1, {"type": "text-end", "id": "0"}))
+            if not self._ended:
+                events.append(self._event(4 * self._place + 3, self._end(result)))
+            events.append(b"data: [DONE]\n\n")
+        return b"".join(events)
+
+    def _event(self, number: int, value: Mapping[str, Any]) -> bytes:
+        return b"id: %d\ndata: %b\n\n" % (self._base + number, orjson.dumps(value))
+
+    def _end(self, result: TurnResult) -> dict[str, Any]:
+        if result.status is TurnStatus.STOPPED:
+            return {"type": "abort", "reason": "stopped"}
+        if result.error is not None:
+            problem = problem_body(result.error, self._request_id)
+            return {"type": "error", "errorText": problem["detail"], "code": problem["code"]}
+        return {
+            "type": "finish",
+            "finishReason": (result.finish_reason or "other").replace("_", "-"),
+            "messageMetadata": {
+                **outcome(result, private=self._private),
+                "session_id": self._reply.session_id,
+            },
+        }
+
+
+def outcome(result: TurnResult, *, private: bool) -> dict[str, Any]:
+    """What is told of a turn beside its reply."""
+    told: dict[str, Any] = {
+        "turn_id": result.turn_id,
+        "finish_reason": result.finish_reason,
+        "history_truncated": result.history_truncated,
+        "stored": result.stored,
+    }
+    if private:
+        told["model"] = result.model
+        told["usage"] = {
+            "input_tokens": result.usage.input_tokens,
+            "output_tokens": result.usage.output_tokens,
+            "cost_usd": result.usage.cost_usd,
+        }
+    return told
+
+
+class _Writer:
+    """Writes what a format makes of a reply, one write after the other."""
+
+    def __init__(self, handler: ApiHandler, reply: Reply, format: Format) -> None:
+        self._handler = handler
+        self._reply = reply
+        self._format = format
+        self._loop = asyncio.get_running_loop()
+        self._woken = False
+        self._flushing = False
+        self._written = self._loop.time()
+        self._ended: asyncio.Future[bool] = self._loop.create_future()
+
+    async def run(self) -> bool:
+        """Writes to the end; False when the reader went away before it, or was too slow."""
+        self._reply.add_reader(self._wake)
+        self._handler.on_gone = self._leave
+        timer = self._loop.call_later(HEARTBEAT_SECONDS, self._tick)
+        try:
+            self._pump()
+            return await self._ended
+        finally:
+            self._timer_off(timer)
+            self._reply.remove_reader(self._wake)
+
+    def _timer_off(self, timer: asyncio.TimerHandle) -> None:
+        timer.cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(False)
+
+    def _wake(self) -> None:
+        # Once for all that comes in one read from upstream.
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._woken = False
+        while not self._flushing and not self._ended.done():
+            if data := self._format.advance():
+                self._write(data)
+            elif self._format.is_done:
+                self._ended.set_result(True)
+            else:
+                return
+
+    def _write(self, data: bytes) -> None:
+        self._written = self._loop.time()
+        self._handler.write(data)
+        flushed = self._handler.flush()
+        if not flushed.done():
+            self._flushing = True
+            flushed.add_done_callback(self._flushed)
+        elif flushed.exception() is not None:
+            self._leave()
+
+    def _flushed(self, flushed: asyncio.Future[None]) -> None:
+        self._flushing = False
+        if flushed.cancelled() or flushed.exception() is not None:
+            self._leave()
+        else:
+            self._pump()
+
+    def _tick(self) -> None:
+        if self._ended.done():
+            return
+        silent = self._loop.time() - self._written
+        if self._flushing and silent >= SLOW_READER_SECONDS:
+            connection: Any = self._handler.request.connection
+            connection.stream.close()
+            self._leave()
+            return
+        if not self._flushing and silent >= HEARTBEAT_SECONDS:
+            self._write(b":\n\n")
+        self._loop.call_later(max(0.1, HEARTBEAT_SECONDS - silent % HEARTBEAT_SECONDS), self._tick)
+
+
+class TurnHandler(ApiHandler):
+    """A handler that answers with turns: for a client with its key, or for a widget's visitor."""
+
+    streams = True
+
+    @property
+    def private(self) -> bool:
+        """Whether the caller may know what a turn cost and who answered: a visitor may not."""
+        return self.operation is not None and self.operation.auth != "widget"
+
+    async def caller(self) -> tuple[Chatbot, str | None]:
+        """Whose turns these are: a chatbot's, by its key; for a widget those of its own session.
+
+        Raises `InvalidApiKey`; `NotFound` or `OriginNotAllowed` for a widget.
+        """
+        access = self.services.access
+        if self.private:
+            chatbot = await access.client_by_key(self.api_key({}))
+            return self.serve_chatbot(chatbot, check_origin=False), None
+        session_id = canonical_id(self.bearer() or "") or ""
+        chatbot = await access.widget_session(session_id)
+        return self.serve_chatbot(chatbot, check_origin=True), session_id
+
+    async def caller_in(self, session_id: str | None) -> tuple[Chatbot, str]:
+        """Whose session this is, and the session: the path's, or a widget's own."""
+        chatbot, own = await self.caller()
+        session = own or canonical_id(session_id or "")
+        if session is None:
+            raise NotFound("This chatbot has no session with this id.")
+        return chatbot, session
+
+    def idempotency_key(self) -> str | None:
+        """The header `Idempotency-Key`. Raises `InvalidRequest`."""
+        key = self.request.headers.get("Idempotency-Key")
+        if key is not None and not (
+            1 <= len(key) <= 255 and all("!" <= char <= "~" for char in key)
+        ):
+            raise InvalidRequest("Idempotency-Key must be 1 to 255 visible ASCII characters.")
+        return key
+
+    def last_event_id(self) -> int:
+        """The header `Last-Event-ID`; 0 without one. Raises `MalformedRequest`."""
+        text = self.request.headers.get("Last-Event-ID", "")
+        if not text:
+            return 0
+        if not (
+            text.isascii() and text.isdigit() and len(text) <= 16 and int(text) <= MAX_EVENT_ID
+        ):
+            raise MalformedRequest("Last-Event-ID must be the id of an event of this stream.")
+        return int(text)
+
+    def tell_replayed(self, started: Started) -> None:
+        """Says in a header that a turn was there before."""
+        if started.replayed:
+            self.set_header("Idempotency-Replayed", "true")
+
+    async def whole(self, started: Started) -> TurnResult:
+        """How the turn ended, once it has. Raises its error when there is nothing to show."""
+        self.tell_replayed(started)
+        reply = started.reply
+
+        def reader() -> None:
+            """Counts as one who reads."""
+
+        def gone() -> None:
+            reply.remove_reader(reader)
+            self.services.turns.left(reply)
+
+        reply.add_reader(reader)
+        self.on_gone = gone
+        assert self.chatbot is not None
+        try:
+            # A turn that was there before may be a stream's, which may take longer.
+            limit = self.services.turns.timeouts(self.chatbot).plain if started.replayed else None
+            async with asyncio.timeout(limit):
+                result = await reply.ended()
+        except TimeoutError:
+            raise ProviderTimeout from None
+        finally:
+            reply.remove_reader(reader)
+        return result.require()
+
+    async def events(self, reply: Reply, *, after: int = 0, private: bool) -> None:
+        """Answers with the reply's events, from after the one that the reader has."""
+        format = UIMessageStream(reply, after=after, private=private, request_id=self.request_id)
+        await self.stream(reply, format)
+
+    async def stream(self, reply: Reply, format: Format) -> None:
+        """Answers with what `format` makes of the reply, as it comes."""
+        for name, value in format.headers.items():
+            self.set_header(name, value)
+        if self.request.method == "HEAD":
+            return
+        self._bound_buffer()
+        if await _Writer(self, reply, format).run():
+            with contextlib.suppress(StreamClosedError):
+                await self.finish()
+        else:
+            self.services.turns.left(reply)
+
+    def _bound_buffer(self) -> None:
+        connection = getattr(self.request.connection, "stream", None)
+        if (raw := getattr(connection, "socket", None)) is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

@@ -1,0 +1,164 @@
+"""A reply as it comes: written once, read by any number of readers at their own pace."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chatd.domain import TurnStatus, Usage
+from chatd.errors import RequestError, ShuttingDown, error_of
+from chatd.provider import ToolCallDelta
+from chatd.storage import TurnRecord
+
+
+@dataclass(frozen=True, slots=True)
+class TurnResult:
+    """How a turn ended, for whoever waits for it.
+
+    `error` says why there is no whole answer; `reply` may hold a part of one all the same.
+    `stored` is false while the reply could not be stored; that is tried again for a while.
+    """
+
+    turn_id: str
+    status: TurnStatus
+    reply: str
+    model: str | None
+    usage: Usage
+    finish_reason: str | None
+    history_truncated: bool
+    stored: bool
+    error: RequestError | None
+
+    def require(self) -> TurnResult:
+        """This result, if it has something to show. Raises its error else."""
+        if self.error is not None and not self.reply:
+            raise self.error
+        return self
+
+    @classmethod
+    def of(cls, record: TurnRecord) -> TurnResult:
+        """How a turn ended, as storage has it. A running one is taken as interrupted here."""
+        error: RequestError | None = None
+        if record.status not in (TurnStatus.COMPLETED, TurnStatus.STOPPED):
+            error = error_of(record.error_code) if record.error_code else ShuttingDown()
+        reply = record.reply or ""
+        return cls(
+            turn_id=record.id,
+            status=record.status,
+            reply=reply,
+            model=record.model,
+            usage=record.usage,
+            finish_reason=shown_reason(record.finish_reason, record.status, reply),
+            history_truncated=record.history_truncated,
+            stored=True,
+            error=error,
+        )
+
+
+def shown_reason(finish_reason: str | None, status: TurnStatus, reply: str) -> str | None:
+    """What a client reads as `finish_reason`: the provider's, else how the turn ended."""
+    if finish_reason is not None:
+        return finish_reason
+    return status.value if reply or status is TurnStatus.STOPPED else None
+
+
+class Reply:
+    """What is said in a turn, with its end.
+
+    A place in it is a number of characters, so it means the same whether the reply is read while
+    it comes, afterwards, or from storage. `run` tells runs of one turn apart.
+    """
+
+    def __init__(self, turn_id: str, session_id: str, run: int = 1) -> None:
+        self.turn_id = turn_id
+        self.session_id = session_id
+        self.run = run
+        self.result: TurnResult | None = None
+        self.tool_calls: list[ToolCallDelta] = []
+        self._parts: list[str] = []
+        self._ends: list[int] = []
+        self._readers: list[Callable[[], None]] = []
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @classmethod
+    def of(cls, record: TurnRecord) -> Reply:
+        """The reply of a turn that ended, as storage has it."""
+        reply = cls(record.id, record.session_id, record.run)
+        reply.say(record.reply or "")
+        reply.end(TurnResult.of(record))
+        return reply
+
+    @property
+    def text(self) -> str:
+        """All that was said so far."""
+        return "".join(self._parts)
+
+    @property
+    def length(self) -> int:
+        """How many characters were said so far."""
+        return self._ends[-1] if self._ends else 0
+
+    def text_from(self, place: int, limit: int) -> str:
+        """What was said from `place` on, at most `limit` characters of it."""
+        if place >= self.length:
+            return ""
+        first = bisect_right(self._ends, place)
+        start = place - (self._ends[first - 1] if first else 0)
+        last = min(bisect_right(self._ends, place + limit), len(self._parts) - 1)
+        if first == last:
+            return self._parts[first][start : start + limit]
+        return "".join(self._parts[first : last + 1])[start : start + limit]
+
+    def say(self, text: str) -> None:
+        """Adds to what was said."""
+        if text:
+            self._ends.append(self.length + len(text))
+            self._parts.append(text)
+            self._tell()
+
+    def call(self, delta: ToolCallDelta) -> None:
+        """Adds to the tools that the model calls."""
+        self.tool_calls.append(delta)
+        self._tell()
+
+    def end(self, result: TurnResult) -> None:
+        """Says how the turn ended; nothing is said after that."""
+        self.result = result
+        self._tell()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+    async def ended(self) -> TurnResult:
+        """How the turn ended, once it has. Cancelling the wait does not touch the turn."""
+        if self.result is None:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+        assert self.result is not None
+        return self.result
+
+    @property
+    def is_read(self) -> bool:
+        """Whether anybody reads this reply."""
+        return bool(self._readers)
+
+    def add_reader(self, wake: Callable[[], None]) -> None:
+        """Lets `wake` be called whenever something was said, and at the end."""
+        self._readers.append(wake)
+
+    def remove_reader(self, wake: Callable[[], None]) -> None:
+        """Ends what `add_reader` began."""
+        if wake in self._readers:
+            self._readers.remove(wake)
+
+    def _tell(self) -> None:
+        for wake in tuple(self._readers):
+            wake()
