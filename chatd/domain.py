@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import re
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
@@ -19,10 +20,13 @@ CHARS_PER_TOKEN = 4
 MESSAGE_OVERHEAD_CHARS = 4 * CHARS_PER_TOKEN
 """What a message costs beside its text: role and separators, about four tokens in chat formats."""
 
+IMAGE_CHARS = 1000 * CHARS_PER_TOKEN
+"""What an image costs; models count some hundred to some thousand tokens for one."""
+
 KEY_PREFIX = "ck_"
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 Channel = Literal["api", "widget"]
 OnDisconnect = Literal["finish", "stop"]
 
@@ -64,6 +68,10 @@ class ChatbotSettings:
     """Origins whose pages may talk to this chatbot; `None` is the server's list."""
     on_disconnect: OnDisconnect = "finish"
     """Whether a turn goes on when its last reader goes away."""
+    allow_tools: bool = True
+    """Whether a client with the key may let the model call tools."""
+    allow_images: bool = True
+    """Whether a client with the key may show the model images."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -115,15 +123,41 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Something said, as the model is given it."""
+    """Something said, as the model is given it.
+
+    `content` is the text, and all that is stored. `parts` is the whole of a message that is more
+    than text, `tool_calls` are those of an assistant and `tool_call_id` names the one that a
+    tool's message answers, all in OpenAI's terms.
+    """
 
     role: Role
     content: str
+    parts: Sequence[Mapping[str, Any]] | None = None
+    tool_calls: Sequence[Mapping[str, Any]] | None = None
+    tool_call_id: str | None = None
 
     @property
     def cost_chars(self) -> int:
         """What the message takes of a context budget, in characters."""
-        return len(self.content) + MESSAGE_OVERHEAD_CHARS
+        images = sum(part.get("type") != "text" for part in self.parts or ())
+        calls = len(json.dumps(self.tool_calls)) if self.tool_calls else 0
+        return len(self.content) + images * IMAGE_CHARS + calls + MESSAGE_OVERHEAD_CHARS
+
+    @property
+    def whole(self) -> str | Sequence[Mapping[str, Any]]:
+        """The text, or the parts; their text is `content` when that was changed since."""
+        if self.parts is None:
+            return self.content
+        if self.content == text_of(self.parts):
+            return self.parts
+        others = [part for part in self.parts if part.get("type") != "text"]
+        return [{"type": "text", "text": self.content}, *others]
+
+
+def text_of(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a message's parts; `[image]` when there is none."""
+    texts = [str(part.get("text", "")) for part in parts if part.get("type") == "text"]
+    return "\n".join(texts) if any(texts) else "[image]"
 
 
 @dataclass(frozen=True, slots=True)

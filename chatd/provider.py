@@ -55,6 +55,13 @@ class ProviderRequest:
     timeouts: Timeouts = Timeouts()
 
 
+def needs(messages: Sequence[Message], parameters: Mapping[str, Any]) -> frozenset[str]:
+    """What a provider must take to be asked this: `tools`, `images`."""
+    tools = parameters.get("tools") or any(m.tool_calls or m.role == "tool" for m in messages)
+    images = any(m.parts for m in messages)
+    return frozenset({*(("tools",) if tools else ()), *(("images",) if images else ())})
+
+
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     """Some more of the answer; never empty."""
@@ -143,8 +150,19 @@ def _check_usage(usage: Any) -> None:
         raise ValueError("UsageReport with a cost that is none")
 
 
+def takes(provider: Provider) -> frozenset[str]:
+    """What a provider takes beside text."""
+    taken: frozenset[str] = getattr(provider, "takes", frozenset())
+    return taken
+
+
 class Provider(Protocol):
-    """Somebody who answers."""
+    """Somebody who answers.
+
+    One that takes more than text says so in an attribute `takes: ClassVar[frozenset[str]]`, with
+    `tools` (the parameter `tools`, and messages with `tool_calls` or of the role `tool`) and
+    `images` (messages with `parts`); without it neither comes.
+    """
 
     def stream(self, request: ProviderRequest) -> AsyncGenerator[Event, None]:
         """Answers as events; the last is `Finish`, or `ProviderError` is raised.

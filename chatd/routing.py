@@ -14,7 +14,7 @@ from typing import Any
 
 from chatd import logs
 from chatd.domain import Usage
-from chatd.errors import ProviderError, ProviderErrorKind
+from chatd.errors import InvalidRequest, ProviderError, ProviderErrorKind
 from chatd.provider import (
     Event,
     Finish,
@@ -25,6 +25,8 @@ from chatd.provider import (
     ToolCallDelta,
     UsageReport,
     checked,
+    needs,
+    takes,
 )
 
 log = logging.getLogger(__name__)
@@ -105,15 +107,28 @@ class Router:
                 return chain
         return ()
 
+    def takers(self, model: str, needed: frozenset[str]) -> tuple[Target, ...]:
+        """The providers for `model` that take what is needed; empty when no rule matches.
+
+        Raises `InvalidRequest` when there are providers, and none takes it.
+        """
+        chain = self.chain(model)
+        able = tuple(target for target in chain if needed <= takes(target.provider))
+        if chain and not able:
+            what = " and ".join(sorted(needed))
+            raise InvalidRequest(f"No provider of this chatbot's model takes {what}.")
+        return able
+
     async def stream(
         self, request: ProviderRequest, attempts: list[Attempt]
     ) -> AsyncGenerator[Event, None]:
         """The events of the first provider that answers, ending in `Finish`.
 
         Every attempt is appended to `attempts`, so the last one is who answered. Raises the
-        last `ProviderError`; after the first text nothing else is tried.
+        last `ProviderError`; after the first text nothing else is tried. Raises `InvalidRequest`
+        as `takers` does.
         """
-        chain = self.chain(request.model)
+        chain = self.takers(request.model, needs(request.messages, request.parameters))
         if not chain:
             raise ProviderError(
                 ProviderErrorKind.INVALID_REQUEST,

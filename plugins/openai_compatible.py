@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 
@@ -63,6 +63,8 @@ class ChatCompletions:
     :param secrets: strings that must not come out in an error.
     """
 
+    takes: ClassVar[frozenset[str]] = frozenset({"tools", "images"})
+
     def __init__(
         self,
         base_url: str,
@@ -100,7 +102,7 @@ class ChatCompletions:
         """The request's JSON."""
         body: dict[str, Any] = {
             "model": request.model,
-            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "messages": [_message(message) for message in request.messages],
             "stream": request.stream,
         }
         if request.stream:
@@ -248,12 +250,34 @@ class ChatCompletions:
 
     def _clean(self, text: str, request: chatd.ProviderRequest | None) -> str:
         """`text` for the operator's log: no key, nothing that was said, one line, not long."""
-        said = [m.content for m in request.messages] if request is not None else []
+        said = [s for m in request.messages for s in _said(m)] if request is not None else []
         hidden = [*self._secrets, *(text for text in said if len(text) >= 4)]
         for secret in sorted(hidden, key=len, reverse=True):
             text = text.replace(secret, "[removed]")
         text = _without_quotes(text[:300], said)
         return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _message(message: chatd.Message) -> dict[str, Any]:
+    """A message's JSON."""
+    value: dict[str, Any] = {"role": message.role, "content": message.whole}
+    if message.tool_calls:
+        value["content"] = message.whole or None
+        value["tool_calls"] = message.tool_calls
+    if message.tool_call_id is not None:
+        value["tool_call_id"] = message.tool_call_id
+    return value
+
+
+def _said(message: chatd.Message) -> Iterator[str]:
+    """What a message holds that no log may."""
+    yield message.content
+    for part in message.parts or ():
+        if isinstance(image := part.get("image_url"), dict):
+            yield str(image.get("url", ""))
+    for call in message.tool_calls or ():
+        if isinstance(function := call.get("function"), dict):
+            yield str(function.get("arguments", ""))
 
 
 _NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
@@ -349,9 +373,28 @@ class _Answer:
             if text := _text(said.get("content")):
                 self.started = True
                 yield chatd.TextDelta(text)
+            calls = said.get("tool_calls")
+            for place, call in enumerate(calls if isinstance(calls, list) else []):
+                if isinstance(call, dict):
+                    self.started = True
+                    yield _tool_call(call, place)
         if isinstance(reason, str) and reason and not self.is_whole:
             self.is_whole = True
             self._reason = _FINISH_REASONS.get(reason, "other")
+
+
+def _tool_call(call: dict[str, Any], place: int) -> chatd.ToolCallDelta:
+    """A part of a tool call; `place` is its index where none is told, as in an answer in one piece."""
+    index, function = call.get("index"), call.get("function")
+    told = function if isinstance(function, dict) else {}
+    id, name, arguments = call.get("id"), told.get("name"), told.get("arguments")
+    return chatd.ToolCallDelta(
+        index if isinstance(index, int) else place,
+        id if isinstance(id, str) and id else None,
+        name if isinstance(name, str) and name else None,
+        # Some servers send the arguments themselves instead of their JSON text.
+        json.dumps(arguments) if isinstance(arguments, dict) else _text(arguments),
+    )
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

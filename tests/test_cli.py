@@ -358,6 +358,8 @@ def test_add_prints_one_object_with_id_and_key(tmp_path: Path) -> None:
         "temperature",
         "allowed_origins",
         "on_disconnect",
+        "allow_tools",
+        "allow_images",
     }
 
 
@@ -374,6 +376,8 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "--max-output-tokens": "300",
         "--temperature": "0.5",
         "--on-disconnect": "stop",
+        "--allow-tools": "no",
+        "--allow-images": "no",
         "--allowed-origin": "https://a.example",
     }
     options = [word for pair in given.items() for word in pair]
@@ -388,6 +392,8 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "temperature": 0.5,
         "allowed_origins": ["https://a.example", "https://b.example"],
         "on_disconnect": "stop",
+        "allow_tools": False,
+        "allow_images": False,
     }
     assert bot == {**expected, "api_key": KEY}
     shown = each(tmp_path, [["bots", "show", name, "--json"] for name in (id, "Zoë")])
@@ -416,6 +422,7 @@ BAD_VALUES = [
     ("--max-output-tokens", "many", "--max-output-tokens: must be a whole number"),
     ("--temperature", "2.1", "--temperature: must be at most 2"),
     ("--temperature", "nan", "--temperature: must be"),
+    ("--allow-tools", "maybe", "--allow-tools: must be yes or no"),
     ("--allowed-origin", "https://a.example/path", "--allowed-origin: must be an origin"),
 ]
 

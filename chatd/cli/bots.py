@@ -48,6 +48,10 @@ def _settings_options(command: Any) -> Any:
             metavar="finish|stop",
             help="Whether a turn goes on when its reader goes away.",
         ),
+        click.option(
+            "--allow-images", metavar="yes|no", help="Whether clients may show it images."
+        ),
+        click.option("--allow-tools", metavar="yes|no", help="Whether clients may give it tools."),
         click.option("--temperature", metavar="0..2", help='"default" is the provider\'s.'),
         click.option("--max-output-tokens", metavar="N", help='"default" is the provider\'s.'),
         click.option("--context-tokens", metavar="N", help="The most tokens a model is given."),
@@ -250,6 +254,8 @@ def _typed(name: str, value: Any) -> Any:
         return None if value == ("default",) else list(value)
     if name == "system_prompt":
         return _text(value) or None
+    if name in ("allow_tools", "allow_images"):
+        return {"yes": True, "no": False}.get(value, value)
     if value == "default":
         return None if name != "context_tokens" else ChatbotSettings().context_tokens
     try:
