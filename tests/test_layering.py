@@ -14,7 +14,7 @@ FLOORS = [
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
-    {"routing", "limits", "access"},
+    {"routing", "limits", "access", "copying"},
     {"answering"},
     {"turns"},
     {"handlers"},
@@ -37,6 +37,7 @@ DOMAIN = {
     "answering",
     "turns",
     "access",
+    "copying",
 }
 
 
