@@ -64,6 +64,8 @@ CREATE TABLE IF NOT EXISTS public.turns (
     started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     finished_at timestamptz
 );
+ALTER TABLE public.turns ADD COLUMN IF NOT EXISTS history_truncated boolean NOT NULL DEFAULT false;
+ALTER TABLE public.turns ADD COLUMN IF NOT EXISTS stop_asked boolean NOT NULL DEFAULT false;
 
 CREATE INDEX IF NOT EXISTS sessions_of_chatbot ON public.sessions (chatbot_id);
 CREATE INDEX IF NOT EXISTS conversations_of_session ON public.conversations (session_id, id);
@@ -95,7 +97,7 @@ UPDATE public.chatbots SET api_key = api_key WHERE api_key !~ '^sha256:[0-9a-f]{
 
 -- Not IMMUTABLE: a plan that PostgREST keeps would hold the answer and give it to anybody.
 CREATE OR REPLACE FUNCTION public.chatd_schema_version() RETURNS integer
-LANGUAGE sql STABLE SET search_path = '' AS $$ SELECT 1 $$;
+LANGUAGE sql STABLE SET search_path = '' AS $$ SELECT 3 $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_chatbot_json(b public.chatbots) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = '' AS $$
@@ -106,7 +108,7 @@ $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_turn_json(wanted uuid) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = '' AS $$
-    SELECT to_jsonb(t) - '{seq,run,lease_until,idempotency_key,request_hash,rerunnable}'::text[]
+    SELECT to_jsonb(t) - '{seq,lease_until,idempotency_key,request_hash,rerunnable,stop_asked}'::text[]
         || jsonb_build_object('chatbot_id', s.chatbot_id, 'reply', c.content)
     FROM public.turns t
     JOIN public.sessions s ON s.session_id = t.session_id
@@ -119,9 +121,11 @@ LANGUAGE plpgsql SET search_path = '' AS $$
 DECLARE
     violated text;
 BEGIN
-    INSERT INTO public.chatbots (id, name, model_name, api_key, settings)
+    INSERT INTO public.chatbots
+        (id, name, model_name, api_key, settings, created_at, updated_at)
     VALUES ((args->>'id')::uuid, args->>'name', args->>'model', args->>'api_key',
-            args->'settings');
+            args->'settings', coalesce((args->>'created_at')::timestamptz, now()),
+            coalesce((args->>'updated_at')::timestamptz, now()));
     RETURN '{}';
 EXCEPTION WHEN unique_violation THEN
     GET STACKED DIAGNOSTICS violated = CONSTRAINT_NAME;
@@ -296,7 +300,8 @@ BEGIN
             IF known.request_hash IS NOT DISTINCT FROM item->>'request_hash'
                 AND known.seq = newest THEN
                 UPDATE public.turns t SET status = 'running', run = t.run + 1, rerunnable = false,
-                    error_code = NULL, finished_at = NULL, lease_until = lease
+                    error_code = NULL, finished_at = NULL, lease_until = lease,
+                    stop_asked = false
                 WHERE t.turn_id = known.turn_id;
                 RETURN public.chatd_begun(item, known.turn_id, visitor);
             END IF;
@@ -364,6 +369,7 @@ BEGIN
         cached_tokens = (item->>'cached_tokens')::bigint,
         reasoning_tokens = (item->>'reasoning_tokens')::bigint,
         cost_usd = (item->>'cost_usd')::float8, attempts = item->'attempts',
+        history_truncated = (item->>'history_truncated')::boolean,
         finished_at = clock_timestamp()
     WHERE t.turn_id = turn;
     RETURN 'true';
@@ -413,7 +419,7 @@ END $$;
 CREATE OR REPLACE FUNCTION public.chatd_renew_turns(args jsonb) RETURNS jsonb
 LANGUAGE plpgsql SET search_path = '' AS $$
 DECLARE
-    lost jsonb;
+    told jsonb;
 BEGIN
     WITH asked AS (
         SELECT (v->>0)::uuid AS turn_id, (v->>1)::integer AS run
@@ -423,10 +429,33 @@ BEGIN
             clock_timestamp() + (args->>'lease_seconds')::float8 * interval '1 second'
         FROM asked a
         WHERE t.turn_id = a.turn_id AND t.run = a.run AND t.status = 'running'
-        RETURNING t.turn_id)
-    SELECT coalesce(jsonb_agg(a.turn_id), '[]') INTO lost FROM asked a
-    WHERE a.turn_id NOT IN (SELECT r.turn_id FROM renewed r);
-    RETURN lost;
+        RETURNING t.turn_id, t.stop_asked)
+    SELECT jsonb_build_object(
+        'lost', coalesce(jsonb_agg(a.turn_id) FILTER (WHERE r.turn_id IS NULL), '[]'),
+        'stopping', coalesce(jsonb_agg(a.turn_id) FILTER (WHERE r.stop_asked), '[]'))
+    INTO told FROM asked a LEFT JOIN renewed r ON r.turn_id = a.turn_id;
+    RETURN told;
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_stop_turn(args jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+BEGIN
+    UPDATE public.turns t SET stop_asked = true FROM public.sessions s
+    WHERE t.turn_id = (args->>'id')::uuid AND t.status = 'running'
+        AND s.session_id = t.session_id AND s.chatbot_id = (args->>'chatbot_id')::uuid;
+    RETURN to_jsonb(FOUND);
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_running_turn(args jsonb) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+BEGIN
+    PERFORM FROM public.sessions s WHERE s.session_id = (args->>'session_id')::uuid
+        AND s.chatbot_id = (args->>'chatbot_id')::uuid;
+    IF NOT FOUND THEN
+        RETURN '{"error": "not_found"}';
+    END IF;
+    RETURN (SELECT public.chatd_turn_json(t.turn_id) FROM public.turns t
+        WHERE t.session_id = (args->>'session_id')::uuid AND t.status = 'running');
 END $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_get_turn(args jsonb) RETURNS jsonb
@@ -456,6 +485,528 @@ BEGIN
         FOR UPDATE SKIP LOCKED);
     GET DIAGNOSTICS ended = ROW_COUNT;
     RETURN to_jsonb(ended);
+END $$;
+
+-- Moving (`chatd storage copy`). A message is told by its place in its session, counted from 0.
+
+CREATE OR REPLACE FUNCTION public.chatd_list_sessions(args jsonb) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+DECLARE
+    last uuid := args->>'after';
+BEGIN
+    RETURN (SELECT coalesce(jsonb_agg(to_jsonb(s) ORDER BY s.session_id), '[]') FROM (
+        SELECT o.* FROM public.sessions o
+        WHERE o.session_id >= coalesce(last, '00000000-0000-0000-0000-000000000000')
+            AND o.session_id IS DISTINCT FROM last
+        ORDER BY o.session_id LIMIT (args->>'limit')::integer) s);
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_tally_session(item jsonb) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+DECLARE
+    wanted uuid := item->>'id';
+BEGIN
+    PERFORM FROM public.sessions s WHERE s.session_id = wanted;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    RETURN (
+        SELECT jsonb_build_object('messages', c.messages, 'chars', c.chars + t.chars,
+            'turns', t.turns, 'ended', t.ended, 'rated_up', t.up, 'rated_down', t.down)
+        FROM (SELECT count(*) AS messages, coalesce(sum(length(m.content)), 0) AS chars
+              FROM public.conversations m WHERE m.session_id = wanted) c,
+             (SELECT coalesce(sum(length(o.comment)), 0) AS chars, count(*) AS turns,
+                  count(*) FILTER (WHERE o.status <> 'running') AS ended,
+                  count(*) FILTER (WHERE o.rating = 'up') AS up,
+                  count(*) FILTER (WHERE o.rating = 'down') AS down
+              FROM public.turns o WHERE o.session_id = wanted) t);
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_export_session(item jsonb) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+DECLARE
+    wanted uuid := item->>'id';
+    budget bigint := item->>'budget';
+    overhead integer := item->>'overhead';
+    session jsonb;
+    found record;
+    said jsonb[] := '{}';
+    owners uuid[] := '{}';
+    owner uuid;
+    more boolean := false;
+BEGIN
+    SELECT to_jsonb(s) INTO session FROM public.sessions s WHERE s.session_id = wanted;
+    IF session IS NULL THEN
+        RETURN NULL;
+    END IF;
+    FOR found IN
+        SELECT c.id, c.role, c.content, c."timestamp", c.turn_id FROM public.conversations c
+        WHERE c.session_id = wanted ORDER BY c.id OFFSET (item->>'place')::bigint
+    LOOP
+        budget := budget - length(found.content) - overhead;
+        IF budget < 0 AND cardinality(said) > 0 THEN
+            more := true;
+            EXIT;
+        END IF;
+        said := said || jsonb_build_array(
+            found.id, found.role, found.content, found."timestamp", found.turn_id);
+        IF found.turn_id IS DISTINCT FROM owner THEN
+            owner := found.turn_id;
+            owners := owners || owner;
+        END IF;
+    END LOOP;
+    RETURN jsonb_build_object('session', session, 'messages', to_jsonb(said), 'more', more,
+        'turns', (
+            SELECT coalesce(jsonb_agg(to_jsonb(t) ORDER BY t.seq), '[]')
+            FROM (SELECT DISTINCT unnest(owners) AS turn_id) o
+            JOIN public.turns t ON t.turn_id = o.turn_id));
+END $$;
+
+-- A turn's reply_id in the item is its reply's place in the part.
+CREATE OR REPLACE FUNCTION public.chatd_import_session(item jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    wanted uuid := item->>'id';
+    place bigint := item->>'place';
+    made boolean;
+    clash text;
+    held bigint;
+    given public.turns[];
+BEGIN
+    PERFORM FROM public.chatbots b WHERE b.id = (item->>'chatbot_id')::uuid;
+    IF NOT FOUND THEN
+        RETURN '{"error": "not_found"}';
+    END IF;
+    INSERT INTO public.sessions (session_id, chatbot_id, channel, user_id, metadata, created_at)
+    VALUES (wanted, (item->>'chatbot_id')::uuid, item->>'channel', item->>'user_id',
+            item->'metadata', coalesce((item->>'created_at')::timestamptz, now()))
+    ON CONFLICT (session_id) DO NOTHING;
+    made := FOUND;
+    SELECT array_agg(g ORDER BY g.seq) INTO given
+    FROM jsonb_populate_recordset(NULL::public.turns, item->'turns') g;
+    SELECT 'it belongs to another chatbot' INTO clash FROM (
+        SELECT s.chatbot_id FROM public.sessions s WHERE s.session_id = wanted
+        FOR NO KEY UPDATE) s
+    WHERE s.chatbot_id <> (item->>'chatbot_id')::uuid;
+    SELECT count(*) INTO held FROM public.conversations c WHERE c.session_id = wanted;
+    IF clash IS NULL AND held < place THEN
+        clash := 'messages before this part are missing';
+    END IF;
+    IF clash IS NULL THEN
+        SELECT 'it went on by itself' INTO clash FROM unnest(given) g
+        JOIN public.turns t ON t.session_id = wanted AND t.seq = g.seq
+        WHERE t.turn_id <> g.turn_id OR t.run > g.run LIMIT 1;
+    END IF;
+    IF clash IS NULL THEN
+        SELECT 'a turn of it belongs to another session' INTO clash FROM unnest(given) g
+        JOIN public.turns t ON t.turn_id = g.turn_id
+        WHERE t.session_id <> wanted OR t.seq <> g.seq LIMIT 1;
+    END IF;
+    IF clash IS NOT NULL THEN
+        IF made THEN
+            DELETE FROM public.sessions s WHERE s.session_id = wanted;
+        END IF;
+        RETURN jsonb_build_object('error', 'session_conflict', 'detail', clash);
+    END IF;
+    INSERT INTO public.conversations (session_id, role, content, "timestamp", turn_id)
+    SELECT wanted, m.message->>0, m.message->>1, (m.message->>2)::timestamptz,
+        (m.message->>3)::uuid
+    FROM jsonb_array_elements(item->'messages') WITH ORDINALITY AS m (message, nth)
+    WHERE place + m.nth > held ORDER BY m.nth;
+    UPDATE public.turns t SET idempotency_key = NULL FROM unnest(given) g
+    WHERE t.session_id = wanted AND t.idempotency_key = g.idempotency_key
+        AND t.turn_id <> g.turn_id;
+    INSERT INTO public.turns AS t (turn_id, session_id, seq, status, label, idempotency_key,
+        request_hash, lease_until, rerunnable, run, reply_id, model, provider, finish_reason,
+        error_code, input_tokens, output_tokens, cached_tokens, reasoning_tokens, cost_usd,
+        attempts, rating, comment, started_at, finished_at, history_truncated)
+    SELECT g.turn_id, wanted, g.seq, g.status, g.label, g.idempotency_key,
+        g.request_hash, now(), g.rerunnable, g.run, p.id, g.model, g.provider, g.finish_reason,
+        g.error_code, g.input_tokens, g.output_tokens, g.cached_tokens, g.reasoning_tokens,
+        g.cost_usd, g.attempts, g.rating, g.comment, coalesce(g.started_at, now()), g.finished_at,
+        coalesce(g.history_truncated, false)
+    FROM unnest(given) g
+    LEFT JOIN (
+        SELECT c.id, row_number() OVER (ORDER BY c.id) - 1 AS nth FROM (
+            SELECT o.id FROM public.conversations o WHERE o.session_id = wanted
+            ORDER BY o.id OFFSET place LIMIT jsonb_array_length(item->'messages')) c
+        ) p ON p.nth = g.reply_id
+    ON CONFLICT (turn_id) DO UPDATE SET status = excluded.status, label = excluded.label,
+        idempotency_key = excluded.idempotency_key, request_hash = excluded.request_hash,
+        rerunnable = excluded.rerunnable, run = excluded.run,
+        reply_id = coalesce(excluded.reply_id, t.reply_id), model = excluded.model,
+        provider = excluded.provider, finish_reason = excluded.finish_reason,
+        error_code = excluded.error_code, input_tokens = excluded.input_tokens,
+        output_tokens = excluded.output_tokens, cached_tokens = excluded.cached_tokens,
+        reasoning_tokens = excluded.reasoning_tokens, cost_usd = excluded.cost_usd,
+        attempts = excluded.attempts, rating = excluded.rating, comment = excluded.comment,
+        started_at = excluded.started_at, finished_at = excluded.finished_at,
+        history_truncated = excluded.history_truncated;
+    RETURN '{}';
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_tally_sessions(items jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    answers jsonb[] := array_fill(NULL::jsonb, ARRAY[jsonb_array_length(items)]);
+    entry record;
+BEGIN
+    FOR entry IN
+        SELECT i.item, i.place FROM jsonb_array_elements(items) WITH ORDINALITY AS i (item, place)
+        ORDER BY i.item->>'id', i.place
+    LOOP
+        BEGIN
+            answers[entry.place] := public.chatd_tally_session(entry.item);
+        EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
+            answers[entry.place] := jsonb_build_object('error', 'failed', 'detail', SQLERRM);
+        END;
+    END LOOP;
+    RETURN to_jsonb(answers);
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_export_sessions(items jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    answers jsonb[] := array_fill(NULL::jsonb, ARRAY[jsonb_array_length(items)]);
+    entry record;
+BEGIN
+    FOR entry IN
+        SELECT i.item, i.place FROM jsonb_array_elements(items) WITH ORDINALITY AS i (item, place)
+        ORDER BY i.item->>'id', i.place
+    LOOP
+        BEGIN
+            answers[entry.place] := public.chatd_export_session(entry.item);
+        EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
+            answers[entry.place] := jsonb_build_object('error', 'failed', 'detail', SQLERRM);
+        END;
+    END LOOP;
+    RETURN to_jsonb(answers);
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_import_sessions(items jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    answers jsonb[] := array_fill(NULL::jsonb, ARRAY[jsonb_array_length(items)]);
+    entry record;
+BEGIN
+    FOR entry IN
+        SELECT i.item, i.place FROM jsonb_array_elements(items) WITH ORDINALITY AS i (item, place)
+        ORDER BY i.item->>'id', i.place
+    LOOP
+        BEGIN
+            answers[entry.place] := public.chatd_import_session(entry.item);
+        EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
+            answers[entry.place] := jsonb_build_object('error', 'failed', 'detail', SQLERRM);
+        END;
+    END LOOP;
+    RETURN to_jsonb(answers);
+END $$;
+
+-- What is wrong with this database, each with its cure, as [{"problem", "cure"}]. It names nothing
+-- that may be missing, so that `chatd doctor` can run its text in a database without this schema.
+CREATE OR REPLACE FUNCTION public.chatd_doctor() RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+DECLARE
+    again constant text := 'run schema.sql again (`chatd migrate`)';
+    first constant text := 'run schema.sql (`chatd migrate`)';
+    -- Tables, and what they hold.
+    wanted constant jsonb := '{
+        "chatbots": ["id", "api_key", "model_name", "created_at", "updated_at", "name", "settings"],
+        "sessions": ["session_id", "chatbot_id", "created_at", "channel", "user_id", "metadata"],
+        "conversations": ["id", "session_id", "role", "content", "timestamp", "turn_id"],
+        "turns": ["turn_id", "session_id", "seq", "status", "label", "idempotency_key",
+            "request_hash", "lease_until", "rerunnable", "run", "reply_id", "model", "provider",
+            "finish_reason", "error_code", "input_tokens", "output_tokens", "cached_tokens",
+            "reasoning_tokens", "cost_usd", "attempts", "rating", "comment", "started_at",
+            "finished_at", "history_truncated", "stop_asked"]}';
+    -- Functions, and what they take.
+    callable constant jsonb := '{
+        "chatd_schema_version": "", "chatd_doctor": "", "chatd_chatbot_json": "public.chatbots",
+        "chatd_hash_api_key": "",
+        "chatd_turn_json": "uuid", "chatd_add_chatbot": "jsonb", "chatd_update_chatbot": "jsonb",
+        "chatd_set_api_key": "jsonb", "chatd_get_chatbot": "jsonb",
+        "chatd_get_chatbot_by_key": "jsonb", "chatd_list_chatbots": "jsonb",
+        "chatd_remove_chatbot": "jsonb", "chatd_allowed_origins": "jsonb",
+        "chatd_create_session": "jsonb", "chatd_get_session": "jsonb",
+        "chatd_delete_session": "jsonb", "chatd_list_messages": "jsonb",
+        "chatd_history": "uuid, uuid, bigint, integer", "chatd_begin_turn": "jsonb",
+        "chatd_begun": "jsonb, uuid, text", "chatd_finish_turn": "jsonb",
+        "chatd_begin_turns": "jsonb", "chatd_finish_turns": "jsonb", "chatd_renew_turns": "jsonb",
+        "chatd_stop_turn": "jsonb", "chatd_running_turn": "jsonb",
+        "chatd_get_turn": "jsonb", "chatd_rate_turn": "jsonb", "chatd_sweep": "jsonb",
+        "chatd_list_sessions": "jsonb", "chatd_tally_session": "jsonb",
+        "chatd_export_session": "jsonb", "chatd_import_session": "jsonb",
+        "chatd_tally_sessions": "jsonb", "chatd_export_sessions": "jsonb",
+        "chatd_import_sessions": "jsonb"}';
+    -- Indexes, as pg_get_indexdef tells them.
+    indexes constant jsonb := '{
+        "sessions_of_chatbot": "CREATE INDEX sessions_of_chatbot ON public.sessions USING btree (chatbot_id)",
+        "conversations_of_session": "CREATE INDEX conversations_of_session ON public.conversations USING btree (session_id, id)",
+        "turns_of_session": "CREATE UNIQUE INDEX turns_of_session ON public.turns USING btree (session_id, seq)",
+        "one_running_turn": "CREATE UNIQUE INDEX one_running_turn ON public.turns USING btree (session_id) WHERE (status = ''running''::text)",
+        "one_turn_per_key": "CREATE UNIQUE INDEX one_turn_per_key ON public.turns USING btree (session_id, idempotency_key) WHERE (idempotency_key IS NOT NULL)",
+        "running_leases": "CREATE INDEX running_leases ON public.turns USING btree (lease_until) WHERE (status = ''running''::text)"}';
+    ours oid[];
+    public_roles name[];
+    our_roles name[];
+    sequence oid := to_regclass('public.conversations_id_seq');
+    version integer;
+    unhashed bigint;
+    found jsonb[] := '{}';
+    whole boolean;
+BEGIN
+    SELECT coalesce(array_agg(c.oid), '{}') INTO ours FROM pg_class c
+    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p')
+        AND wanted ? c.relname::text;
+    SELECT array_agg(r.rolname) INTO public_roles FROM pg_roles r
+    WHERE r.rolname IN ('anon', 'authenticated');
+    public_roles := array_prepend('public', public_roles);
+    SELECT array_agg(r.rolname) INTO our_roles FROM pg_roles r
+    WHERE r.rolname IN ('service_role', current_user);
+
+    -- What is there.
+    IF cardinality(ours) = 0 THEN
+        RETURN jsonb_build_array(jsonb_build_object(
+            'problem', 'there are none of chatd''s tables here', 'cure', first));
+    END IF;
+    IF to_regprocedure('public.chatd_schema_version()') IS NULL THEN
+        found := found || jsonb_build_object(
+            'problem', 'schema.sql has not been run here, or is of an older version', 'cure', again);
+    ELSIF has_function_privilege('public.chatd_schema_version()', 'EXECUTE') THEN
+        EXECUTE 'SELECT public.chatd_schema_version()' INTO version;
+        IF version <> 3 THEN
+            found := found || jsonb_build_object('problem',
+                format('the database has schema version %s, and this is version 3', version),
+                'cure', again);
+        END IF;
+    END IF;
+    found := found || ARRAY(
+        SELECT jsonb_build_object('problem', format('the table public.%s is missing', w.key),
+            'cure', again)
+        FROM jsonb_each(wanted) w WHERE to_regclass('public.' || w.key) IS NULL);
+    found := found || ARRAY(
+        SELECT jsonb_build_object('problem', format('the table public.%s lacks the columns %s',
+            c.relname, string_agg(n.name, ', ' ORDER BY n.name)), 'cure',
+            CASE WHEN bool_and((c.relname, n.name) <> ('turns', 'turn_id') AND n.name IN
+                ('name', 'settings', 'channel', 'user_id', 'metadata', 'turn_id',
+                'history_truncated', 'stop_asked'))
+            THEN again ELSE 'restore the table from a backup' END)
+        FROM pg_class c, jsonb_array_elements_text(wanted->c.relname::text) AS n (name)
+        WHERE c.oid = ANY (ours) AND NOT EXISTS (
+            SELECT FROM pg_attribute a
+            WHERE a.attrelid = c.oid AND a.attname = n.name AND NOT a.attisdropped)
+        GROUP BY c.relname);
+    whole := cardinality(found) = 0;
+    found := found || ARRAY(
+        SELECT jsonb_build_object('problem',
+            'functions are missing: ' || string_agg(w.key, ', ' ORDER BY w.key), 'cure', again)
+        FROM jsonb_each_text(callable) w
+        WHERE to_regprocedure(format('public.%s(%s)', w.key, w.value)) IS NULL
+        HAVING count(*) > 0);
+
+    -- Who gets in.
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('row-level security is off on public.%I', c.relname),
+            'cure', format('ALTER TABLE public.%I ENABLE ROW LEVEL SECURITY;', c.relname))
+        FROM pg_class c WHERE c.oid = ANY (ours) AND NOT c.relrowsecurity ORDER BY c.relname);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('the policy %I lets %s %s', p.polname, r.names, CASE
+                WHEN c.relname = 'chatbots' AND p.polcmd IN ('r', '*') THEN 'read the API keys'
+                ELSE CASE p.polcmd WHEN 'r' THEN 'read' WHEN 'a' THEN 'add to' WHEN 'w'
+                    THEN 'change' WHEN 'd' THEN 'delete from' ELSE 'read and change' END
+                    || ' public.' || c.relname END),
+            'cure', format('DROP POLICY %I ON public.%I;', p.polname, c.relname))
+        FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid,
+            LATERAL (
+                SELECT string_agg(n.name, ', ' ORDER BY n.name) AS names
+                FROM unnest(public_roles) AS n (name)
+                WHERE 0 = ANY (p.polroles) AND n.name = 'public' OR n.name <> 'public' AND EXISTS (
+                    SELECT FROM unnest(p.polroles) AS o (oid)
+                    WHERE o.oid <> 0 AND pg_has_role(n.name, o.oid, 'USAGE'))) r
+        WHERE c.oid = ANY (ours) AND p.polpermissive AND r.names IS NOT NULL
+        ORDER BY c.relname, p.polname);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s may %s %s', g.who, string_agg(DISTINCT g.what, ', '), g.target),
+            'cure', format('REVOKE ALL ON %s FROM %s;', g.target, g.who))
+        FROM (
+            SELECT format('TABLE public.%I', c.relname) AS target, a.grantee, a.privilege_type
+            FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = ANY (ours)
+            UNION ALL
+            SELECT format('TABLE public.%I', c.relname), a.grantee, a.privilege_type
+            FROM pg_class c JOIN pg_attribute t ON t.attrelid = c.oid, aclexplode(t.attacl) a
+            WHERE c.oid = ANY (ours)
+            UNION ALL
+            SELECT 'SEQUENCE public.conversations_id_seq', a.grantee, a.privilege_type
+            FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = sequence
+            ) AS o (target, grantee, what),
+            LATERAL (SELECT o.target, o.what, CASE o.grantee WHEN 0 THEN 'public'
+                ELSE (SELECT r.rolname FROM pg_roles r WHERE r.oid = o.grantee) END) AS g (target, what, who)
+        WHERE g.who = ANY (public_roles) GROUP BY g.target, g.who ORDER BY g.target, g.who);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s may call %s', g.who, string_agg(g.function, ', ')),
+            'cure', format('REVOKE ALL ON FUNCTION %s FROM %s;', string_agg(g.function, ', '), g.who))
+        FROM (
+            SELECT DISTINCT p.oid::regprocedure::text, CASE a.grantee WHEN 0 THEN 'public'
+                ELSE (SELECT r.rolname FROM pg_roles r WHERE r.oid = a.grantee) END
+            FROM pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+            WHERE p.pronamespace = 'public'::regnamespace AND p.proname LIKE 'chatd\_%'
+            ) AS g (function, who)
+        WHERE g.who = ANY (public_roles) GROUP BY g.who);
+    found := found || ARRAY(
+        WITH RECURSIVE shown (view, shows) AS (
+            SELECT r.ev_class, d.refobjid FROM pg_rewrite r JOIN pg_depend d
+                ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+            WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY (ours)
+            UNION
+            SELECT r.ev_class, s.shows FROM shown s JOIN pg_depend d
+                ON d.refclassid = 'pg_class'::regclass AND d.refobjid = s.view
+                AND d.classid = 'pg_rewrite'::regclass
+            JOIN pg_rewrite r ON r.oid = d.objid)
+        SELECT jsonb_build_object(
+            'problem', format('the view %s shows %s to %s, past row-level security',
+                v.oid::regclass, s.tables, p.names),
+            'cure', format('REVOKE ALL ON %s FROM %s;', v.oid::regclass,
+                array_to_string(public_roles, ', ')))
+        FROM pg_class v, LATERAL (
+                SELECT string_agg(DISTINCT s.shows::regclass::text, ', ') FROM shown s
+                WHERE s.view = v.oid) AS s (tables),
+            LATERAL (
+                SELECT string_agg(n.name, ', ' ORDER BY n.name) FROM unnest(public_roles) AS n (name)
+                WHERE has_any_column_privilege(n.name, v.oid, 'SELECT')) AS p (names)
+        WHERE v.relkind IN ('v', 'm') AND s.tables IS NOT NULL AND p.names IS NOT NULL
+            AND NOT coalesce(v.reloptions && ARRAY['security_invoker=true', 'security_invoker=on',
+                'security_invoker=1', 'security_invoker=yes'], false)
+        ORDER BY v.oid::regclass::text);
+    found := found || ARRAY(
+        SELECT jsonb_build_object('problem',
+            format('%s runs with its owner''s rights', p.oid::regprocedure),
+            'cure', format('ALTER FUNCTION %s SECURITY INVOKER;', p.oid::regprocedure))
+        FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace
+            AND p.proname LIKE 'chatd\_%' AND p.prosecdef);
+    found := found || ARRAY(
+        SELECT jsonb_build_object('problem',
+            format('%s does not pin its search_path', p.oid::regprocedure),
+            'cure', format('ALTER FUNCTION %s SET search_path = '''';', p.oid::regprocedure))
+        FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace AND p.proname LIKE 'chatd\_%'
+            AND NOT coalesce(p.proconfig @> ARRAY['search_path=""'], false));
+
+    -- Who is kept out that must get in.
+    found := found || ARRAY(
+        SELECT jsonb_build_object('problem', format('%s may not use the schema public', r.name),
+            'cure', format('GRANT USAGE ON SCHEMA public TO %I;', r.name))
+        FROM unnest(our_roles) AS r (name) WHERE NOT has_schema_privilege(r.name, 'public', 'USAGE'));
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s may not %s public.%I', r.name, string_agg(n.what, ', '), c.relname),
+            'cure', format('GRANT %s ON TABLE public.%I TO %I;',
+                string_agg(n.what, ', '), c.relname, r.name))
+        FROM unnest(our_roles) AS r (name), pg_class c,
+            unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS n (what)
+        WHERE c.oid = ANY (ours) AND NOT has_table_privilege(r.name, c.oid, n.what)
+        GROUP BY r.name, c.relname ORDER BY r.name, c.relname);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s may not use public.conversations_id_seq', r.name), 'cure',
+            format('GRANT USAGE ON SEQUENCE public.conversations_id_seq TO %I;', r.name))
+        FROM unnest(our_roles) AS r (name)
+        WHERE sequence IS NOT NULL AND NOT has_sequence_privilege(r.name, sequence, 'USAGE'));
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s may not call %s', r.name, string_agg(p.oid::regprocedure::text, ', ')),
+            'cure', format('GRANT EXECUTE ON FUNCTION %s TO %I;',
+                string_agg(p.oid::regprocedure::text, ', '), r.name))
+        FROM unnest(our_roles) AS r (name), pg_proc p
+        WHERE p.pronamespace = 'public'::regnamespace AND callable ? p.proname::text
+            AND NOT has_function_privilege(r.name, p.oid, 'EXECUTE')
+        GROUP BY r.name ORDER BY r.name);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', 'row-level security hides every row from service_role',
+            'cure', 'ALTER ROLE service_role BYPASSRLS;')
+        FROM pg_roles r
+        WHERE r.rolname = 'service_role' AND NOT r.rolbypassrls AND NOT r.rolsuper);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('row-level security hides the rows of public.%I from %s',
+                c.relname, current_user),
+            'cure', CASE WHEN c.relforcerowsecurity
+                    AND pg_has_role(c.relowner, 'USAGE')
+                THEN format('ALTER TABLE public.%I NO FORCE ROW LEVEL SECURITY;', c.relname)
+                ELSE format('ALTER ROLE %I BYPASSRLS;', current_user) END)
+        FROM pg_class c
+        WHERE c.oid = ANY (ours) AND current_user <> 'service_role' AND row_security_active(c.oid)
+        ORDER BY c.relname);
+
+    -- What keeps rows right, and queries quick.
+    IF whole THEN
+        found := found || ARRAY(
+            SELECT jsonb_build_object('problem', CASE
+                    WHEN x.indexrelid IS NULL THEN format('the index %s is missing', w.key)
+                    WHEN NOT x.indisvalid OR NOT x.indisready
+                        THEN format('the index %s is not valid', w.key)
+                    ELSE format('the index %s is not the one that chatd makes', w.key) END,
+                'cure', CASE WHEN i.oid IS NULL THEN '' ELSE format('DROP INDEX public.%s; then ',
+                    w.key) END || again)
+            FROM jsonb_each_text(indexes) w
+            LEFT JOIN pg_class i ON i.relname = w.key AND i.relnamespace = 'public'::regnamespace
+            LEFT JOIN pg_index x ON x.indexrelid = i.oid
+            WHERE x.indexrelid IS NULL OR NOT x.indisvalid OR NOT x.indisready
+                OR pg_get_indexdef(i.oid) <> w.value);
+        found := found || ARRAY(
+            SELECT jsonb_build_object(
+                'problem', format('public.%s.%s is not unique', k.tab, k.col), 'cure',
+                format('ALTER TABLE public.%s ADD %s (%s);', k.tab, k.kind, k.col))
+            FROM (VALUES ('chatbots', 'id', 'PRIMARY KEY'), ('chatbots', 'api_key', 'UNIQUE'),
+                ('sessions', 'session_id', 'PRIMARY KEY'), ('conversations', 'id', 'PRIMARY KEY'),
+                ('turns', 'turn_id', 'PRIMARY KEY')) AS k (tab, col, kind)
+            WHERE NOT EXISTS (
+                SELECT FROM pg_index x
+                JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attname = k.col
+                WHERE x.indrelid = to_regclass('public.' || k.tab) AND x.indisunique
+                    AND x.indisvalid AND x.indimmediate AND x.indpred IS NULL AND x.indnkeyatts = 1
+                    AND x.indkey[0] = a.attnum));
+        found := found || ARRAY(
+            SELECT jsonb_build_object('problem', CASE WHEN f.oid IS NULL
+                    THEN format('public.%s.%s refers to no row of public.%s', k.tab, k.col, k.other)
+                    ELSE format('removing from public.%s is stopped by public.%s', k.other, k.tab) END,
+                'cure', format('ALTER TABLE public.%s %sADD FOREIGN KEY (%s) REFERENCES public.%s '
+                    '(%s) ON DELETE CASCADE;', k.tab, CASE WHEN f.oid IS NULL THEN '' ELSE
+                    format('DROP CONSTRAINT %I, ', f.conname) END, k.col, k.other, k.other_col))
+            FROM (VALUES ('sessions', 'chatbot_id', 'chatbots', 'id'),
+                ('conversations', 'session_id', 'sessions', 'session_id'),
+                ('turns', 'session_id', 'sessions', 'session_id')) AS k (tab, col, other, other_col)
+            LEFT JOIN pg_constraint f ON f.contype = 'f'
+                AND f.conrelid = to_regclass('public.' || k.tab)
+                AND f.confrelid = to_regclass('public.' || k.other)
+            WHERE f.confdeltype IS DISTINCT FROM 'c');
+    END IF;
+    IF to_regclass('public.chatbots') IS NOT NULL THEN
+        found := found || ARRAY(
+            SELECT jsonb_build_object('problem', 'API keys are stored as they are written: the '
+                'trigger chatd_hash_api_key is disabled', 'cure',
+                'ALTER TABLE public.chatbots ENABLE TRIGGER chatd_hash_api_key;')
+            FROM pg_trigger t WHERE t.tgrelid = to_regclass('public.chatbots')
+                AND t.tgname = 'chatd_hash_api_key' AND t.tgenabled NOT IN ('O', 'A')
+            UNION ALL
+            SELECT jsonb_build_object('problem', 'API keys are stored as they are written: the '
+                'trigger chatd_hash_api_key is missing', 'cure', again)
+            WHERE NOT EXISTS (
+                SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('public.chatbots')
+                    AND t.tgname = 'chatd_hash_api_key'));
+        IF has_table_privilege('public.chatbots', 'SELECT') THEN
+            EXECUTE 'SELECT count(*) FROM public.chatbots
+                WHERE api_key !~ ''^sha256:[0-9a-f]{64}$''' INTO unhashed;
+            IF unhashed > 0 THEN
+                found := found || jsonb_build_object('problem',
+                    format('%s API keys are stored unhashed', unhashed), 'cure', again);
+            END IF;
+        END IF;
+    END IF;
+    RETURN to_jsonb(found);
 END $$;
 
 -- Who may.

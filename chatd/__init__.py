@@ -11,6 +11,7 @@ from chatd.domain import (
     Usage,
 )
 from chatd.errors import (
+    ConfigError,
     ConflictError,
     Fault,
     IdempotencyKeyReused,
@@ -26,6 +27,7 @@ from chatd.handlers.base import ApiHandler as Handler
 from chatd.hookspecs import hookimpl
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.offers import (
+    CommandContext,
     InterceptorRegister,
     ProviderRegister,
     RouteRegister,
@@ -45,14 +47,20 @@ from chatd.provider import (
 )
 from chatd.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from chatd.storage import (
+    PART_CHARS,
+    PART_MESSAGE_CHARS,
     BeginTurn,
     BegunTurn,
     ExistingTurn,
+    ExportedTurn,
+    Finding,
     FinishTurn,
     MessagePage,
     Rating,
     Renewed,
+    SessionPart,
     Storage,
+    Tally,
     TurnRecord,
 )
 
@@ -61,15 +69,21 @@ __version__ = "0.1.0"
 __all__ = [
     "MAX_EVENT_BYTES",
     "MESSAGE_OVERHEAD_CHARS",
+    "PART_CHARS",
+    "PART_MESSAGE_CHARS",
     "BeginTurn",
     "BegunTurn",
     "Chatbot",
     "ChatbotSettings",
+    "CommandContext",
+    "ConfigError",
     "ConflictError",
     "Event",
     "EventTooLarge",
     "ExistingTurn",
+    "ExportedTurn",
     "Fault",
+    "Finding",
     "Finish",
     "FinishReason",
     "FinishTurn",
@@ -93,10 +107,12 @@ __all__ = [
     "RouteRegister",
     "SSEDecoder",
     "Session",
+    "SessionPart",
     "Storage",
     "StorageRegister",
     "StorageUnavailable",
     "StoredMessage",
+    "Tally",
     "TextDelta",
     "Timeouts",
     "ToolCallDelta",

@@ -7,7 +7,8 @@ import logging
 import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from chatd import logs
 from chatd.domain import Chatbot, TurnStatus, Usage
@@ -24,7 +25,7 @@ from chatd.errors import (
 )
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.provider import Event, Finish, TextDelta, ToolCallDelta, UsageReport, checked
-from chatd.reply import Reply
+from chatd.reply import Reply, whole_calls
 from chatd.routing import Attempt
 
 log = logging.getLogger(__name__)
@@ -67,12 +68,20 @@ class RunningTurn:
         match event:
             case TextDelta(text):
                 self.say(text)
-            case ToolCallDelta():
-                self.reply.call(event)
+            case ToolCallDelta(index, id, name, arguments):
+                texts = (id and storable(id), name and storable(name), storable(arguments))
+                self.reply.call(ToolCallDelta(index, *texts))
             case UsageReport(usage):
                 self.usage = usage
             case Finish():
                 self.finish = event
+
+    def attempts_json(self) -> list[dict[str, Any]]:
+        """The attempts as they are stored, the last one with the tools that were called."""
+        attempts = [attempt.to_json() for attempt in self.attempts]
+        if attempts and self.reply.tool_calls:
+            attempts[-1]["tool_calls"] = [asdict(call) for call in whole_calls(self.reply)]
+        return attempts
 
     def say(self, text: str) -> None:
         """Adds to the answer what storage can hold of it: no U+0000, no half of a character."""

@@ -17,7 +17,7 @@ from tornado.web import Application, RequestHandler
 import chatd
 from chatd import logs, openapi
 from chatd.access import Access
-from chatd.config import Config, ConfigFile, Offers
+from chatd.config import Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
 from chatd.handlers import chat, docs, health, sessions, turns
@@ -42,6 +42,11 @@ OPEN_SECONDS = 30.0
 def packaged_config() -> Path:
     """The configuration that the distribution carries."""
     return Path(str(resources.files("chatd_config").joinpath("chatd.yaml")))
+
+
+def packaged_configs() -> list[Path]:
+    """All configurations that the distribution carries."""
+    return sorted(packaged_config().parent.glob("*.yaml"))
 
 
 def load(path: Path) -> tuple[Config, Registry]:
@@ -93,7 +98,11 @@ async def _closed(what: str, close: Callable[[], Awaitable[None]]) -> None:
 
 async def open_storage(config: Config, registry: Registry) -> Storage:
     """The storage of the configuration. The caller closes it. Raises `PluginError`."""
-    use = config.storage
+    return await open_used_storage(config.storage, registry)
+
+
+async def open_used_storage(use: Use, registry: Registry) -> Storage:
+    """A storage by its name and settings. The caller closes it. Raises `PluginError`."""
     return await _opened("storage", registry.storages[use.name], use.settings)
 
 

@@ -142,10 +142,26 @@ class ConfigFile:
 
     def check(self, offers: Offers) -> Config:
         """The checked configuration. Raises `ConfigError` with every fault, in line order."""
-        faults = [*self._faults, *self._plugin_faults(offers)]
+        self._refuse([*self._faults, *self._plugin_faults(offers)])
+        return _build(self.values)
+
+    def check_storage(self, offers: Offers) -> Use:
+        """The checked part `storage`, whatever the others say. Raises `ConfigError`."""
+        part = self._part("storage")
+        faults = [f for f in self._faults if "use" not in part or f[1].startswith("storage")]
+        self._use_faults(faults, offers, "storage", ("storage",), set())
+        self._refuse(faults)
+        return Use(part["use"], _settings(part, set()))
+
+    @property
+    def storage_name(self) -> str | None:
+        """What stands after `storage.use`, if something does."""
+        name = self._part("storage").get("use")
+        return name if isinstance(name, str) else None
+
+    def _refuse(self, faults: Sequence[tuple[int, str]]) -> None:
         if faults:
             raise ConfigError([f"{self.path}:{line}: {text}" for line, text in sorted(set(faults))])
-        return _build(self.values)
 
     # Reading
 

@@ -57,5 +57,6 @@ def chatd_register_routes(register: RouteRegister) -> None:
 def chatd_register_commands(cli: click.Group) -> None:
     """Offer further subcommands of `chatd`.
 
-    :param cli: the click group; call its `add_command`.
+    :param cli: the click group; call its `add_command`. A command finds a
+        `chatd.CommandContext` in click's `ctx.obj`; chatd's errors that it raises are told.
     """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 from tornado.web import RequestHandler
 
@@ -90,3 +92,16 @@ class RouteRegister:
                 f'plugin "{self.plugin}": the route "{path}" must start with "{ROUTE_PREFIX}"'
             )
         self.routes.append((path, handler))
+
+
+class CommandContext(Protocol):
+    """What a plugin's command is given as click's `ctx.obj` (`@click.pass_obj`).
+
+    `config` is what `--config` said; None is the configuration in force.
+    """
+
+    def storage_name(self, config: Path | None = None) -> str:
+        """What the configuration says after `storage.use`. Raises `ConfigError`."""
+
+    def open_storage(self, config: Path | None = None) -> AbstractAsyncContextManager[Storage]:
+        """The configured storage, open within `async with`. Raises `ConfigError`, `PluginError`."""

@@ -41,14 +41,15 @@ _INTERNAL = {"$schema", "x-error"}
 
 def build(routes: Iterable[Route], version: str) -> dict[str, Any]:
     """The document for `routes`; those without a response schema are pages and left out."""
-    used: set[str] = {"problem"}
+    used: set[str] = set()
     paths: dict[str, Any] = {}
     for route in routes:
         for method, operation in route.operations.items():
             if operation.response != "openapi" and (
                 operation.response or operation.events or operation.nothing
             ):
-                used.update(n for n in (operation.request, operation.response) if n)
+                names = (operation.request, operation.response, operation.problem)
+                used.update(name for name in names if name)
                 entry = _operation(route, method, operation)
                 paths.setdefault(route.path, {})[method.lower()] = entry
     return {
@@ -87,7 +88,7 @@ def _operation(route: Route, method: str, operation: Operation) -> dict[str, Any
     entry: dict[str, Any] = {
         "operationId": f"{method.lower()}{route.path.title().replace('/', '')}",
         "summary": operation.summary,
-        "responses": {**_successes(operation), **_problems(errors)},
+        "responses": {**_successes(operation), **_problems(errors, operation.problem)},
     }
     if parameters := _parameters(route, operation):
         entry["parameters"] = parameters
@@ -96,8 +97,9 @@ def _operation(route: Route, method: str, operation: Operation) -> dict[str, Any
     if route.tag:
         entry["tags"] = [route.tag]
     if operation.auth == "api_key":
-        # Where there is a body the third way is `api_key` in it, so none of these is required.
-        entry["security"] = [*([{}] if operation.request else []), {"bearer": []}, {"header": []}]
+        # Where a body may have an `api_key` that is the third way, so none of these is required.
+        third = operation.request and "api_key" in schema(operation.request).document["properties"]
+        entry["security"] = [*([{}] if third else []), {"bearer": []}, {"header": []}]
     elif operation.auth == "widget":
         entry["security"] = [{"session": []}]
     if operation.request:
@@ -134,7 +136,8 @@ def _successes(operation: Operation) -> dict[str, Any]:
     if operation.response is not None:
         content["application/json"] = {"schema": _reference(operation.response)}
     if operation.events:
-        content["text/event-stream"] = {"schema": _EVENTS}
+        told = {"description": operation.events} if isinstance(operation.events, str) else {}
+        content["text/event-stream"] = {"schema": {**_EVENTS, **told}}
     answers: dict[str, Any] = {}
     if content:
         answers["200"] = {"description": "Done.", "headers": _REQUEST_ID, "content": content}
@@ -143,7 +146,8 @@ def _successes(operation: Operation) -> dict[str, Any]:
     return answers
 
 
-def _problems(errors: Iterable[type[RequestError]]) -> dict[str, Any]:
+def _problems(errors: Iterable[type[RequestError]], told: str) -> dict[str, Any]:
+    kind = "application/problem+json" if told == "problem" else "application/json"
     by_status: dict[int, list[type[RequestError]]] = {}
     for error in errors:
         by_status.setdefault(PROBLEMS[error].status, []).append(error)
@@ -152,7 +156,7 @@ def _problems(errors: Iterable[type[RequestError]]) -> dict[str, Any]:
             "description": f"{HTTPStatus(status).phrase}: "
             + ", ".join(f"`{kind.code}`" for kind in kinds),
             "headers": _REQUEST_ID,
-            "content": {"application/problem+json": {"schema": _reference("problem")}},
+            "content": {kind: {"schema": _reference(told)}},
         }
         for status, kinds in sorted(by_status.items())
     }

@@ -86,8 +86,7 @@ class Reply:
     def of(cls, record: TurnRecord) -> Reply:
         """The reply of a turn that ended, as storage has it."""
         reply = cls(record.id, record.session_id, record.run)
-        reply.say(record.reply or "")
-        reply.end(TurnResult.of(record))
+        reply.end_as(record)
         return reply
 
     @property
@@ -132,6 +131,14 @@ class Reply:
                 waiter.set_result(None)
         self._waiters.clear()
 
+    def end_as(self, record: TurnRecord) -> None:
+        """Says all that storage has of a turn that ended."""
+        self.say(record.reply or "")
+        for attempt in record.attempts:
+            for call in attempt.get("tool_calls", ()):
+                self.call(ToolCallDelta(**call))
+        self.end(TurnResult.of(record))
+
     async def ended(self) -> TurnResult:
         """How the turn ended, once it has. Cancelling the wait does not touch the turn."""
         if self.result is None:
@@ -162,3 +169,17 @@ class Reply:
     def _tell(self) -> None:
         for wake in tuple(self._readers):
             wake()
+
+
+def whole_calls(reply: Reply) -> list[ToolCallDelta]:
+    """The tools that were called, each in one piece."""
+    calls: dict[int, ToolCallDelta] = {}
+    for delta in reply.tool_calls:
+        known = calls.get(delta.index, ToolCallDelta(delta.index))
+        calls[delta.index] = ToolCallDelta(
+            delta.index,
+            known.id or delta.id,
+            known.name or delta.name,
+            known.arguments + delta.arguments,
+        )
+    return [calls[index] for index in sorted(calls)]

@@ -115,6 +115,66 @@ class Renewed:
     stopping: frozenset[str] = frozenset()
 
 
+PART_CHARS = 2**21
+"""About how much of a session moves at once: the sum of what its messages take."""
+
+PART_MESSAGE_CHARS = 256
+"""What a message takes of a part beside its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a session holds, counted. Two storages whose tallies are equal hold the same of it.
+
+    `chars` are code points, of messages and of comments; `ended` are turns that do not run.
+    """
+
+    messages: int = 0
+    chars: int = 0
+    turns: int = 0
+    ended: int = 0
+    rated_up: int = 0
+    rated_down: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedTurn:
+    """All that a storage knows of a turn.
+
+    `turn.reply` is left out: `reply_id` is the id, in the storage it came from, of the message
+    that is the reply. `seq` counts the turns of a session.
+    """
+
+    turn: TurnRecord
+    seq: int
+    rerunnable: bool = False
+    idempotency_key: str | None = None
+    request_hash: bytes | None = None
+    reply_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPart:
+    """A session's messages from a place on, counted from 0, and the turns that own them.
+
+    A turn that is split over two parts is in both. `more` says that messages follow.
+    """
+
+    session: Session
+    place: int
+    messages: Sequence[StoredMessage]
+    turns: Sequence[ExportedTurn]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something wrong with a storage, and the exact thing to do about it."""
+
+    problem: str
+    cure: str
+
+
 @dataclass(frozen=True, slots=True)
 class MessagePage:
     """Messages in the order they were said, the newest page first: pass `data[0].id` as `before`."""
@@ -139,8 +199,17 @@ class Storage(Protocol):
     async def check(self) -> None:
         """Returns when storage can be read and written; raises `StorageUnavailable` else."""
 
+    async def diagnose(self) -> Sequence[Finding]:
+        """What is wrong with the database, worst first; empty when nothing is.
+
+        A storage that cannot be asked is a finding too, not an exception.
+        """
+
     async def add_chatbot(self, chatbot: Chatbot) -> None:
-        """Stores a new chatbot. Raises `ConflictError` when its id or key is taken."""
+        """Stores a new chatbot. Raises `ConflictError` when its id or key is taken.
+
+        `created_at` and `updated_at` are kept where they are given; else they are now.
+        """
 
     async def get_chatbot(self, chatbot_id: str) -> Chatbot | None:
         """The chatbot with this id."""
@@ -238,4 +307,33 @@ class Storage(Protocol):
         A process is gone when the lease ran out; a storage that knows sooner may say so
         sooner. Such a turn's `error_code` is `process_lost`. Called once at start before any
         turn, and then regularly.
+        """
+
+    # Moving
+
+    async def list_sessions(self, *, limit: int, after: str | None = None) -> Sequence[Session]:
+        """The first `limit` sessions of all chatbots in the order of their ids, after this id."""
+
+    async def tally_session(self, session_id: str) -> Tally | None:
+        """What a session holds, counted; None when there is no such session."""
+
+    async def export_session(self, session_id: str, *, place: int = 0) -> SessionPart | None:
+        """A session's messages from this place on; None when there is no such session.
+
+        A part holds at least one message, if there is one, and no more than fit `PART_CHARS`,
+        each with `PART_MESSAGE_CHARS` beside its text.
+        """
+
+    async def import_session(self, part: SessionPart) -> None:
+        """Stores a part of a session that another storage exported.
+
+        The session is made if it is new, with its times. Turns become what the part says; one
+        that runs there becomes `interrupted` with the error code `process_lost` here. Messages
+        are told by their place: those that are here already are passed over, the others are
+        appended under new ids. So a part that is imported again changes nothing.
+
+        Raises `NotFound` when the session's chatbot does not exist, and `ConflictError`, which
+        names the session, when it is another chatbot's, when messages before the part are
+        missing, and when it went on here by itself: another turn has the same `seq`, or a turn
+        ran again.
         """

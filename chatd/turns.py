@@ -11,15 +11,16 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from chatd.answering import RunningTurn, around, asked, collect, storable, unfinished
 from chatd.bookkeeping import LEASE_SECONDS, STORE_SECONDS, Books
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
 from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, StorageUnavailable
 from chatd.interceptor import Interceptor, Proceed, TurnContext
-from chatd.provider import Event, ProviderRequest, Timeouts
+from chatd.provider import Event, ProviderRequest, Timeouts, needs
 from chatd.reply import Reply, TurnResult, shown_reason
 from chatd.routing import Router, total_usage
 from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Storage, TurnRecord
@@ -42,6 +43,36 @@ class Started:
 
     reply: Reply
     replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a client that knows how models are asked may say beside its new messages.
+
+    The model reads `given` in place of the new messages, which are just stored.
+    """
+
+    given: Sequence[Message]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float | None = None
+    max_output_tokens: int | None = None
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """What a provider must take for it."""
+        return needs(self.given, self.parameters)
+
+    def without(self, history: Sequence[Message]) -> Sequence[Message]:
+        """`history` without what `given` repeats of it, which is when a tool was called."""
+        if not any(message.role == "assistant" for message in self.given):
+            return history
+        said = {message.content for message in self.given if message.role == "assistant"}
+        end = len(history)
+        while end and history[end - 1].role == "assistant" and history[end - 1].content in said:
+            end -= 1
+        while end and history[end - 1].role == "user":
+            end -= 1
+        return history[:end]
 
 
 class Turns:
@@ -83,6 +114,7 @@ class Turns:
         label: str | None = None,
         stream: bool = False,
         idempotency_key: str | None = None,
+        extras: Extras | None = None,
     ) -> Started:
         """Begins a turn and lets it run, or finds the one that the idempotency key began.
 
@@ -94,7 +126,7 @@ class Turns:
         begun = self._beginning[turn_id] = asyncio.Event()
         try:
             started = await self._start(
-                turn_id, chatbot, session_id, messages, label, stream, idempotency_key
+                turn_id, chatbot, session_id, messages, label, stream, idempotency_key, extras
             )
         finally:
             del self._beginning[turn_id]
@@ -112,11 +144,13 @@ class Turns:
         label: str | None,
         stream: bool,
         idempotency_key: str | None,
+        extras: Extras | None,
     ) -> RunningTurn | TurnRecord:
         accepted = asyncio.get_running_loop().time()
         settings = chatbot.settings
         system = [Message("system", settings.system_prompt)] if settings.system_prompt else []
-        given = sum(message.cost_chars for message in (*system, *messages))
+        said = extras or Extras(messages)
+        given = sum(message.cost_chars for message in (*system, *said.given))
         budget = settings.context_tokens * self._chars_per_token.get(chatbot.model, CHARS_PER_TOKEN)
         begun = await self._books.begin(
             BeginTurn(
@@ -128,18 +162,19 @@ class Turns:
                 lease_seconds=LEASE_SECONDS,
                 label=label,
                 idempotency_key=idempotency_key,
-                request_hash=_digest(label, messages) if idempotency_key else None,
+                request_hash=_digest(label, messages, extras) if idempotency_key else None,
             )
         )
         if isinstance(begun, ExistingTurn):
             return begun.turn
-        asked = (*system, *begun.history, *messages)
+        asked = (*system, *said.without(begun.history), *said.given)
         request = ProviderRequest(
             model=chatbot.model,
             messages=asked,
             stream=stream,
-            max_output_tokens=settings.max_output_tokens,
-            temperature=settings.temperature,
+            max_output_tokens=_least(said.max_output_tokens, settings.max_output_tokens),
+            temperature=settings.temperature if said.temperature is None else said.temperature,
+            parameters=said.parameters,
             user=_pseudonym(chatbot.id, begun.user_id or session_id),
             # Not the id itself: a widget's session is opened by it.
             session_id=_pseudonym(chatbot.id, session_id),
@@ -148,12 +183,19 @@ class Turns:
             chatbot=chatbot,
             reply=Reply(begun.turn_id, session_id, begun.run),
             history_truncated=begun.history_truncated,
-            prompt_chars=sum(len(message.content) for message in asked),
+            # Images and tools are counted by no known measure.
+            prompt_chars=0 if said.needed else sum(len(message.content) for message in asked),
         )
         self._running[turn.id] = turn
         deadline = accepted + self.timeouts(chatbot).of(stream)
         turn.task = self._books.spawn(self._run(turn, request, deadline))
         return turn
+
+    def require(self, chatbot: Chatbot, extras: Extras) -> None:
+        """Raises `RequestError` when a turn with these could not begin, before anything is stored."""
+        if self._closing:
+            raise ShuttingDown
+        self._router.takers(chatbot.model, extras.needed)
 
     def timeouts(self, chatbot: Chatbot) -> Timeouts:
         """How long a turn of this chatbot may take."""
@@ -260,8 +302,7 @@ class Turns:
         if record is None:
             reply.end(_gone(reply))
         else:
-            reply.say(record.reply or "")
-            reply.end(TurnResult.of(record))
+            reply.end_as(record)
 
     # Ending
 
@@ -363,7 +404,7 @@ class Turns:
             finish_reason=finish_reason,
             error_code=error.code if error else None,
             usage=usage,
-            attempts=[attempt.to_json() for attempt in turn.attempts],
+            attempts=turn.attempts_json(),
             rerunnable=status is TurnStatus.FAILED
             and not any(attempt.reached_model for attempt in turn.attempts),
             history_truncated=turn.history_truncated,
@@ -413,9 +454,15 @@ def _gone(reply: Reply) -> TurnResult:
     )
 
 
-def _digest(label: str | None, messages: Sequence[Message]) -> bytes:
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _digest(label: str | None, messages: Sequence[Message], extras: Extras | None) -> bytes:
     """What a request says, for telling whether an idempotency key comes with the same again."""
-    said = [label, *([message.role, message.content] for message in messages)]
+    said: list[Any] = [label, *([message.role, message.content] for message in messages)]
+    if extras is not None:
+        said.append(asdict(extras))
     return hashlib.sha256(json.dumps(said).encode()).digest()
 
 

@@ -6,9 +6,9 @@ And the command `chatd migrate`, which needs a connection that PostgREST cannot 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,18 @@ import orjson
 
 import chatd
 
-from .supabase import RETRY_PAUSES, FunctionStorage, open_supabase
+from .supabase import RETRY_PAUSES, FunctionStorage
 
 if TYPE_CHECKING:
     import asyncpg
 
 _INSTALL = "postgres: asyncpg is not installed. Type: pip install 'chatd[postgres]'"
-_SCHEMA = "run schema.sql in it (`chatd migrate`)"
+_CURES = {
+    ("42883", "42P01"): "run schema.sql in it (`chatd migrate`)",
+    ("42501",): "a grant is missing: use the role that ran schema.sql",
+    ("28000", "28P01", "3D000"): "check DATABASE_URL",
+}
+"""What to do about an SQLSTATE that would be the same if it was tried again."""
 
 
 class PostgresStorage(FunctionStorage):
@@ -42,6 +47,23 @@ class PostgresStorage(FunctionStorage):
         except TimeoutError:
             self._pool.terminate()
 
+    async def diagnose(self) -> Sequence[chatd.Finding]:
+        import asyncpg  # noqa: PLC0415 - an extra
+
+        try:
+            async with asyncio.timeout(self._timeout * 2), self._pool.acquire() as connection:
+                # This version's doctor, who leaves nothing behind: also where there is no schema.
+                transaction = connection.transaction()
+                await transaction.start()
+                try:
+                    await connection.execute(doctor_sql())
+                    found = orjson.loads(await connection.fetchval("SELECT pg_temp.chatd_doctor()"))
+                finally:
+                    await transaction.rollback()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            return [self._unanswered(f"postgres: {type(error).__name__}: {error}")]
+        return [chatd.Finding(finding["problem"], finding["cure"]) for finding in found]
+
     async def _call_function(self, function: str, args: Mapping[str, Any]) -> Any:
         import asyncpg  # noqa: PLC0415 - an extra
 
@@ -55,9 +77,9 @@ class PostgresStorage(FunctionStorage):
                     try:
                         answer = await self._pool.fetchval(sql, *values, timeout=self._timeout)
                         return None if answer is None else orjson.loads(answer)
-                    except (asyncpg.UndefinedFunctionError, asyncpg.UndefinedTableError) as error:
-                        raise chatd.StorageUnavailable(f"postgres: {error}: {_SCHEMA}") from error
                     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+                        if cure := _cure(error):
+                            raise chatd.StorageUnavailable(f"postgres: {error}: {cure}") from error
                         failure = error
                     if pause is None or function == "chatd_add_chatbot":
                         break
@@ -67,6 +89,12 @@ class PostgresStorage(FunctionStorage):
         raise chatd.StorageUnavailable(
             f"postgres: {type(failure).__name__}: {failure}"
         ) from failure
+
+
+def _cure(error: Exception) -> str | None:
+    """What the operator can do about an error that does not end by itself."""
+    code = getattr(error, "sqlstate", None)
+    return next((cure for codes, cure in _CURES.items() if code in codes), None)
 
 
 async def open_postgres(settings: Mapping[str, Any]) -> PostgresStorage:
@@ -96,6 +124,7 @@ _SETTINGS = {
             "pattern": "^postgres(ql)?://",
             "x-error": "must be like postgresql://user:password@host:5432/database",
             "description": "The database, like postgresql://user:password@host:5432/database.",
+            "x-place": "address",
         },
         "connections": {
             "type": "integer",
@@ -128,6 +157,13 @@ def schema_sql() -> str:
     return path.read_text(encoding="utf-8")
 
 
+def doctor_sql() -> str:
+    """SQL that makes schema.sql's `chatd_doctor` for this connection alone."""
+    name = "CREATE OR REPLACE FUNCTION public.chatd_doctor()"
+    text, end = schema_sql().split(name, 1)[1].split("\nEND $$;\n", 1)[0], "\nEND $$;\n"
+    return name.replace("public.", "pg_temp.") + text + end
+
+
 async def _apply(url: str) -> None:
     """Runs schema.sql in the database."""
     try:
@@ -144,48 +180,57 @@ async def _apply(url: str) -> None:
         raise chatd.StorageUnavailable(f"postgres: {type(error).__name__}: {error}") from error
 
 
-async def _check() -> None:
-    """Returns when the database is at this version. Raises `StorageUnavailable`."""
-    if (url := os.environ.get("SUPABASE_URL")) and (key := os.environ.get("SUPABASE_KEY")):
-        rest_path = os.environ.get("SUPABASE_REST_PATH", "/rest/v1")
-        storage: FunctionStorage = await open_supabase(
-            {"url": url, "key": key, "rest_path": rest_path}
-        )
-    elif url := os.environ.get("DATABASE_URL"):
-        storage = await open_postgres({"url": url})
-    else:
-        raise chatd.PluginError("set SUPABASE_URL and SUPABASE_KEY, or DATABASE_URL")
-    try:
+async def _check(context: chatd.CommandContext, config: Path | None) -> None:
+    """Returns when the configured storage is at this version. Raises `StorageUnavailable`."""
+    async with context.open_storage(config) as storage:
         await storage.check()
-    finally:
-        await storage.close()
+
+
+async def _seen(context: chatd.CommandContext) -> bool:
+    """Whether PostgREST, if it is what the configuration uses, knows of what was applied."""
+    try:
+        if context.storage_name() != "supabase":
+            return True
+        async with context.open_storage() as storage:
+            for pause in RETRY_PAUSES:
+                with contextlib.suppress(chatd.StorageUnavailable):
+                    await storage.check()
+                    return True
+                await asyncio.sleep(pause)
+    except (chatd.ConfigError, chatd.PluginError):
+        return True
+    return False
 
 
 @click.command()
 @click.option("--check", "only_check", is_flag=True, help="Only say whether it is up to date.")
-def migrate(only_check: bool) -> None:
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --check: the configuration file whose storage is asked.",
+)
+@click.pass_obj
+def migrate(context: chatd.CommandContext, only_check: bool, config: Path | None) -> None:
     """Bring the database of Supabase or PostgreSQL to this version, over $DATABASE_URL.
 
-    Without DATABASE_URL it prints schema.sql, for the SQL editor. With --check it asks, through
-    PostgREST where SUPABASE_URL and SUPABASE_KEY are set, and exits with 1 when something is to do.
+    Without DATABASE_URL it prints schema.sql, for the SQL editor. With --check it asks the
+    configured storage, and exits with 1 when something is to do.
     """
-    url = os.environ.get("DATABASE_URL")
-    try:
-        if only_check:
-            asyncio.run(_check())
-            click.echo("The database is at this version.")
-        elif url:
-            asyncio.run(_apply(url))
-            click.echo("The database is at this version now.")
-        else:
-            click.echo("DATABASE_URL is not set: run this in the SQL editor.", err=True)
-            click.echo(schema_sql(), nl=False)
-    except chatd.PluginError as error:
-        click.echo(f"chatd: {error}", err=True)
-        sys.exit(1)
-    except chatd.StorageUnavailable as error:
-        click.echo(f"chatd: {error.detail}", err=True)
-        sys.exit(1)
+    if only_check:
+        asyncio.run(_check(context, config))
+        click.echo("Nothing is to do: the storage is at this version.")
+    elif url := os.environ.get("DATABASE_URL"):
+        asyncio.run(_apply(url))
+        click.echo("The database is at this version now.")
+        if not asyncio.run(_seen(context)):
+            click.echo(
+                "SUPABASE_URL does not answer with it yet. If both are the same project, run: "
+                "NOTIFY pgrst, 'reload schema';",
+                err=True,
+            )
+    else:
+        click.echo("DATABASE_URL is not set: run this in the SQL editor.", err=True)
+        click.echo(schema_sql(), nl=False)
 
 
 @chatd.hookimpl

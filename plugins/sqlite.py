@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import queue
+import shlex
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -99,6 +100,7 @@ _MIGRATIONS = (
 """Forward migrations: the n-th brings a database of version n to n + 1. Never edit, only add."""
 
 _CHATBOT = "id, name, model_name, api_key, settings, created_at, updated_at"
+_SESSION = "session_id, chatbot_id, channel, user_id, metadata, created_at"
 _TURN = (
     "t.turn_id, t.session_id, s.chatbot_id, t.status, t.label, c.content, t.model, t.provider,"
     " t.finish_reason, t.error_code, t.input_tokens, t.output_tokens, t.cached_tokens,"
@@ -128,7 +130,7 @@ def _unavailable(error: apsw.Error, path: Path) -> chatd.StorageUnavailable:
         case apsw.CantOpenError():
             what = "cannot be opened: check that its folder exists and can be written"
         case _:
-            what = f"failed: {type(error).__name__}: {error}"
+            what = f"failed ({type(error).__name__}: {error})"
     return chatd.StorageUnavailable(f"sqlite: {path} {what}")
 
 
@@ -327,20 +329,31 @@ class SQLiteStorage:
         await self._writer.submit(lambda db: db.execute("SELECT 1 FROM chatd_schema").get)
         await self._reader.submit(lambda db: db.execute("SELECT 1 FROM chatd_schema").get)
 
+    async def diagnose(self) -> Sequence[chatd.Finding]:
+        try:
+            self._require_file()
+            return await self._reader.submit(lambda db: _diagnose(db, self._path))
+        except chatd.StorageUnavailable as error:
+            problem, _, cure = error.detail.partition(": ")[2].partition(": ")
+            return [chatd.Finding(problem, cure or "restore a backup if it stays like this")]
+
     # Chatbots
 
     async def add_chatbot(self, chatbot: chatd.Chatbot) -> None:
         def work(db: apsw.Connection) -> None:
             with _conflicts():
                 db.execute(
-                    "INSERT INTO chatbots (id, name, model_name, api_key, settings)"
-                    " VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO chatbots (id, name, model_name, api_key, settings, created_at,"
+                    " updated_at) VALUES (?, ?, ?, ?, ?, coalesce(?, unixepoch('subsec')),"
+                    " coalesce(?, unixepoch('subsec')))",
                     (
                         chatbot.id,
                         chatbot.name,
                         chatbot.model,
                         _KEY_SCHEME + chatbot.api_key_hash.hex(),
                         _settings_json(chatbot),
+                        _seconds(chatbot.created_at),
+                        _seconds(chatbot.updated_at),
                     ),
                 )
 
@@ -434,17 +447,10 @@ class SQLiteStorage:
     async def get_session(self, session_id: str) -> chatd.Session | None:
         row = await self._reader.submit(
             lambda db: db.execute(
-                "SELECT session_id, chatbot_id, channel, user_id, metadata, created_at"
-                " FROM sessions WHERE session_id = ?",
-                (session_id,),
+                f"SELECT {_SESSION} FROM sessions WHERE session_id = ?", (session_id,)
             ).fetchone()
         )
-        if row is None:
-            return None
-        id, chatbot_id, channel, user_id, metadata, created_at = row
-        return chatd.Session(
-            id, chatbot_id, channel, user_id, json.loads(metadata), _time(created_at)
-        )
+        return _session(row) if row else None
 
     async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
         return await self._change(
@@ -547,7 +553,45 @@ class SQLiteStorage:
 
         return await self._writer.submit(work)
 
+    # Moving
 
+    async def list_sessions(
+        self, *, limit: int, after: str | None = None
+    ) -> Sequence[chatd.Session]:
+        rows = await self._reader.submit(
+            lambda db: db.execute(
+                f"SELECT {_SESSION} FROM sessions WHERE session_id > ? ORDER BY session_id LIMIT ?",
+                (after or "", limit),
+            ).fetchall()
+        )
+        return [_session(row) for row in rows]
+
+    async def tally_session(self, session_id: str) -> chatd.Tally | None:
+        row = await self._reader.submit(lambda db: db.execute(_TALLY, (session_id,)).fetchone())
+        if row is None:
+            return None
+        messages, chars, comments, turns, ended, up, down = row
+        return chatd.Tally(messages, chars + comments, turns, ended, up, down)
+
+    async def export_session(self, session_id: str, *, place: int = 0) -> chatd.SessionPart | None:
+        return await self._reader.submit(lambda db: _export(db, session_id, place))
+
+    async def import_session(self, part: chatd.SessionPart) -> None:
+        await self._writer.submit(lambda db: _import(db, part))
+
+
+_TALLY = """
+    SELECT m.messages, m.chars, t.comments, t.turns, t.ended, t.up, t.down
+    FROM sessions s,
+        (SELECT count(*) AS messages, coalesce(sum(length(content)), 0) AS chars
+         FROM conversations WHERE session_id = ?1) m,
+        (SELECT coalesce(sum(length(comment)), 0) AS comments, count(*) AS turns,
+             count(*) FILTER (WHERE status <> 'running') AS ended,
+             count(*) FILTER (WHERE rating = 'up') AS up,
+             count(*) FILTER (WHERE rating = 'down') AS down
+         FROM turns WHERE session_id = ?1) t
+    WHERE s.session_id = ?1
+"""
 _INTERRUPT = (
     "UPDATE turns SET status = 'interrupted', error_code = 'process_lost',"
     " finished_at = unixepoch('subsec') WHERE status = 'running'"
@@ -740,6 +784,243 @@ def _finish(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
     return True
 
 
+_EXPORTED = (
+    "turn_id, seq, status, label, idempotency_key, request_hash, rerunnable, run, reply_id, model,"
+    " provider, finish_reason, error_code, input_tokens, output_tokens, cached_tokens,"
+    " reasoning_tokens, cost_usd, attempts, rating, comment, started_at, finished_at,"
+    " history_truncated"
+)
+
+
+def _export(db: apsw.Connection, session_id: str, place: int) -> chatd.SessionPart | None:
+    row = db.execute(
+        f"SELECT {_SESSION} FROM sessions WHERE session_id = ?", (session_id,)
+    ).fetchone()
+    if row is None:
+        return None
+    session = _session(row)
+    messages: list[chatd.StoredMessage] = []
+    left, more = chatd.PART_CHARS, False
+    rows = db.execute(
+        "SELECT id, role, content, timestamp, turn_id FROM conversations WHERE session_id = ?"
+        " ORDER BY id LIMIT -1 OFFSET ?",
+        (session_id, place),
+    )
+    for id, role, content, timestamp, turn_id in rows:
+        left -= len(content) + chatd.PART_MESSAGE_CHARS
+        if left < 0 and messages:
+            more = True
+            break
+        messages.append(chatd.StoredMessage(id, role, content, _utc(timestamp), turn_id))
+    turns = []
+    for turn_id in dict.fromkeys(m.turn_id for m in messages if m.turn_id is not None):
+        found = db.execute(f"SELECT {_EXPORTED} FROM turns WHERE turn_id = ?", (turn_id,))
+        turns += [_exported(values, session) for values in found]
+    return chatd.SessionPart(session, place, messages, turns, more)
+
+
+def _exported(row: Any, session: chatd.Session) -> chatd.ExportedTurn:
+    id, seq, status, label, key, request_hash, rerunnable, run, reply_id, *rest = row
+    model, provider, finish_reason, error_code = rest[:4]
+    record = (id, session.id, session.chatbot_id, status, label, None)
+    return chatd.ExportedTurn(
+        turn=_turn((*record, model, provider, finish_reason, error_code, *rest[4:], run)),
+        seq=seq,
+        rerunnable=bool(rerunnable),
+        idempotency_key=key,
+        request_hash=request_hash,
+        reply_id=reply_id,
+    )
+
+
+def _import(db: apsw.Connection, part: chatd.SessionPart) -> None:
+    session = part.session
+    if not db.execute("SELECT 1 FROM chatbots WHERE id = ?", (session.chatbot_id,)).fetchone():
+        raise chatd.NotFound
+    db.execute(
+        f"INSERT INTO sessions ({_SESSION}) VALUES (?, ?, ?, ?, ?,"
+        " coalesce(?, unixepoch('subsec'))) ON CONFLICT (session_id) DO NOTHING",
+        (
+            session.id,
+            session.chatbot_id,
+            session.channel,
+            session.user_id,
+            json.dumps(dict(session.metadata), ensure_ascii=False),
+            _seconds(session.created_at),
+        ),
+    )
+    owner, held = db.execute(
+        "SELECT chatbot_id, (SELECT count(*) FROM conversations WHERE session_id = ?1)"
+        " FROM sessions WHERE session_id = ?1",
+        (session.id,),
+    ).get
+    if clash := _clash(db, part, owner, held):
+        raise chatd.ConflictError(f"session {session.id}: {clash}")
+    for message in part.messages[held - part.place :]:
+        db.execute(
+            "INSERT INTO conversations (session_id, role, content, timestamp, turn_id)"
+            " VALUES (?, ?, ?, ?, ?)",
+            (
+                session.id,
+                message.role,
+                message.content,
+                message.timestamp.timestamp(),
+                message.turn_id,
+            ),
+        )
+    here = db.execute(
+        "SELECT id FROM conversations WHERE session_id = ? ORDER BY id LIMIT ? OFFSET ?",
+        (session.id, len(part.messages), part.place),
+    )
+    ids = {message.id: id for message, (id,) in zip(part.messages, here, strict=True)}
+    for turn in part.turns:
+        db.execute(
+            "UPDATE turns SET idempotency_key = NULL"
+            " WHERE session_id = ? AND idempotency_key = ? AND turn_id <> ?",
+            (session.id, turn.idempotency_key, turn.turn.id),
+        )
+    for turn in part.turns:
+        _import_turn(db, turn, None if turn.reply_id is None else ids.get(turn.reply_id))
+
+
+def _clash(db: apsw.Connection, part: chatd.SessionPart, owner: str, held: int) -> str | None:
+    """Why a part cannot be stored, if it cannot."""
+    if owner != part.session.chatbot_id:
+        return "it belongs to another chatbot"
+    if held < part.place:
+        return "messages before this part are missing"
+    for turn in part.turns:
+        values = (turn.turn.id, part.session.id, turn.seq, turn.turn.run)
+        if db.execute(
+            "SELECT 1 FROM turns WHERE session_id = ?2 AND seq = ?3"
+            " AND (turn_id <> ?1 OR run > ?4)",
+            values,
+        ).fetchone():
+            return "it went on by itself"
+        if db.execute(
+            "SELECT 1 FROM turns WHERE turn_id = ?1 AND (session_id <> ?2 OR seq <> ?3)", values[:3]
+        ).fetchone():
+            return "a turn of it belongs to another session"
+    return None
+
+
+def _import_turn(db: apsw.Connection, exported: chatd.ExportedTurn, reply_id: int | None) -> None:
+    turn, usage = exported.turn, exported.turn.usage
+    lost = turn.status is chatd.TurnStatus.RUNNING
+    values: dict[str, Any] = {
+        "turn_id": turn.id,
+        "session_id": turn.session_id,
+        "seq": exported.seq,
+        "status": chatd.TurnStatus.INTERRUPTED if lost else turn.status,
+        "label": turn.label,
+        "idempotency_key": exported.idempotency_key,
+        "request_hash": exported.request_hash,
+        "lease_until": 0,
+        "rerunnable": exported.rerunnable,
+        "run": turn.run,
+        "reply_id": reply_id,
+        "model": turn.model,
+        "provider": turn.provider,
+        "finish_reason": turn.finish_reason,
+        "error_code": "process_lost" if lost else turn.error_code,
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "cost_usd": usage.cost_usd,
+        "attempts": json.dumps(list(turn.attempts)),
+        "rating": turn.rating,
+        "comment": turn.comment,
+        "started_at": _seconds(turn.started_at or datetime.now(UTC)),
+        "finished_at": _seconds(turn.finished_at),
+        "history_truncated": turn.history_truncated,
+    }
+    updates = {name: f"excluded.{name}" for name in values if name not in _KEPT}
+    updates["reply_id"] = "coalesce(excluded.reply_id, reply_id)"
+    db.execute(
+        f"INSERT INTO turns ({', '.join(values)}) VALUES ({', '.join(f':{name}' for name in values)})"
+        " ON CONFLICT (turn_id) DO UPDATE SET "
+        + ", ".join(f"{name} = {value}" for name, value in updates.items()),
+        values,
+    )
+
+
+_KEPT = {"turn_id", "session_id", "seq", "lease_until"}
+"""What an import of a turn that is here already leaves as it is."""
+
+
+def _diagnose(db: apsw.Connection, path: Path) -> list[chatd.Finding]:
+    findings = []
+    mode = path.stat().st_mode
+    if mode & 0o002:
+        findings.append(
+            chatd.Finding(f"anybody on this machine may write {path}", f"chmod o-w {path}")
+        )
+    for place in (path, path.resolve().parent):
+        if not os.access(place, os.W_OK):
+            findings.append(
+                chatd.Finding(f"chatd may not write {place}", f"chmod u+w {place}, as its owner")
+            )
+    if (journal := db.pragma("journal_mode")) != "wal":
+        findings.append(
+            chatd.Finding(
+                f"{path} cannot keep a write-ahead log (its journal is {journal})",
+                "put the file on a local disk that can be written",
+            )
+        )
+    faults = [fault for (fault,) in db.execute("PRAGMA quick_check(5)")]
+    if faults != ["ok"]:
+        told = "; ".join(" ".join(str(fault).split()) for fault in faults)
+        cure = "restore a backup, or recover it with the sqlite3 tool's .recover"
+        return [chatd.Finding(f"{path} is damaged: {told}", cure), *findings]
+    return [*findings, *_missing(db, path), *_orphans(db, path)]
+
+
+def _missing(db: apsw.Connection, path: Path) -> list[chatd.Finding]:
+    """Tables and indexes that the migrations make and that are not there."""
+    named = "SELECT name, type, sql FROM sqlite_schema WHERE sql IS NOT NULL"
+    made = apsw.Connection(":memory:")
+    for script in _MIGRATIONS:
+        made.execute(script)
+    there = {name for name, _, _ in db.execute(named)}
+    return [
+        chatd.Finding(
+            f"the {kind} {name} is missing from {path}",
+            _run(path, sql) if kind == "index" else "restore a backup",
+        )
+        for name, kind, sql in made.execute(named)
+        if name not in there
+    ]
+
+
+def _orphans(db: apsw.Connection, path: Path) -> list[chatd.Finding]:
+    """Rows that belong to nothing."""
+    counted: dict[tuple[str, str, int], int] = {}
+    for table, _, parent, key in db.execute("PRAGMA foreign_key_check"):
+        counted[table, parent, key] = counted.get((table, parent, key), 0) + 1
+    findings = []
+    for (table, parent, key), count in counted.items():
+        column, other = db.execute(
+            'SELECT "from", "to" FROM pragma_foreign_key_list(?) WHERE id = ?', (table, key)
+        ).get
+        findings.append(
+            chatd.Finding(
+                f"{count} rows of {table} belong to no row of {parent}",
+                _run(
+                    path,
+                    f"DELETE FROM {table} WHERE {column} NOT IN (SELECT {other} FROM {parent})",
+                ),
+            )
+        )
+    return findings
+
+
+def _run(path: Path, sql: str) -> str:
+    """A command that runs SQL in the file, with the SQLite that chatd brings."""
+    text = f"import apsw; apsw.Connection({str(path)!r}).execute({' '.join(sql.split())!r})"
+    return f"python -c {shlex.quote(text)}"
+
+
 class _conflicts(contextlib.AbstractContextManager[None]):
     """Tells a taken id or key from other failures."""
 
@@ -757,6 +1038,10 @@ def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else _utc(seconds)
 
 
+def _seconds(time: datetime | None) -> float | None:
+    return None if time is None else time.timestamp()
+
+
 def _settings_json(chatbot: chatd.Chatbot) -> str:
     return json.dumps(chatbot.settings.to_json(), ensure_ascii=False)
 
@@ -772,6 +1057,11 @@ def _chatbot(row: Any) -> chatd.Chatbot:
         created_at=_time(created_at),
         updated_at=_time(updated_at),
     )
+
+
+def _session(row: Any) -> chatd.Session:
+    id, chatbot_id, channel, user_id, metadata, created_at = row
+    return chatd.Session(id, chatbot_id, channel, user_id, json.loads(metadata), _time(created_at))
 
 
 def _turn(row: Any) -> chatd.TurnRecord:
@@ -822,6 +1112,7 @@ _SETTINGS: dict[str, Any] = {
             "minLength": 1,
             "default": "chatd.db",
             "description": "The file, relative to the folder that chatd runs in.",
+            "x-place": "file",
         },
         "synchronous": {
             "enum": ["full", "normal", "off"],

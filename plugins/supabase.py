@@ -22,7 +22,7 @@ import chatd
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 3
 """What `chatd_schema_version()` of this version's schema.sql answers."""
 
 SHARED_CALLS = 4
@@ -30,6 +30,8 @@ SHARED_CALLS = 4
 
 MAX_SHARED = 64
 """The most turns that share an RPC, so that none waits long for the others' work."""
+
+RUN_AGAIN = "run schema.sql again (`chatd migrate`)"
 
 Call = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
 
@@ -59,7 +61,11 @@ class SharedCall:
 
     async def _send(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting[:MAX_SHARED], self._waiting[MAX_SHARED:]
+            # Nobody waits any more for what was cancelled meanwhile: it is not to be begun then.
+            wanted = [(item, future) for item, future in self._waiting if not future.done()]
+            batch, self._waiting = wanted[:MAX_SHARED], wanted[MAX_SHARED:]
+            if not batch:
+                return
             try:
                 answers = await self._call(self._function, {"items": [item for item, _ in batch]})
                 for (_, future), answer in zip(batch, answers, strict=True):
@@ -82,6 +88,9 @@ class FunctionStorage:
         self._call = call
         self._begin = SharedCall("chatd_begin_turns", call)
         self._finish = SharedCall("chatd_finish_turns", call)
+        self._tally = SharedCall("chatd_tally_sessions", call)
+        self._export = SharedCall("chatd_export_sessions", call)
+        self._import = SharedCall("chatd_import_sessions", call)
 
     async def _ask(self, function: str, **args: Any) -> Any:
         return await self._call(function, {"args": args})
@@ -92,10 +101,27 @@ class FunctionStorage:
     async def check(self) -> None:
         version = await self._call("chatd_schema_version", {})
         if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
             raise chatd.StorageUnavailable(
                 f"the database has schema version {version}, this chatd wants {SCHEMA_VERSION}: "
-                "run schema.sql again"
+                + ("install the chatd that made it" if newer else RUN_AGAIN)
             )
+
+    async def diagnose(self) -> Sequence[chatd.Finding]:
+        try:
+            found = await self._call("chatd_doctor", {})
+            if not found:
+                await self.check()
+        except chatd.StorageUnavailable as error:
+            return [self._unanswered(error.detail)]
+        return [chatd.Finding(finding["problem"], finding["cure"]) for finding in found]
+
+    def _unanswered(self, detail: str) -> chatd.Finding:
+        """The finding when the database could not be asked."""
+        problem, found, cure = detail.rpartition(": ")
+        if found and cure == RUN_AGAIN:
+            return chatd.Finding(problem, cure)
+        return chatd.Finding(detail, "see that the database runs, and check the storage settings")
 
     # Chatbots
 
@@ -143,16 +169,7 @@ class FunctionStorage:
 
     async def get_session(self, session_id: str) -> chatd.Session | None:
         found = await self._ask("chatd_get_session", id=session_id)
-        if not found:
-            return None
-        return chatd.Session(
-            id=found["session_id"],
-            chatbot_id=found["chatbot_id"],
-            channel=found["channel"],
-            user_id=found["user_id"],
-            metadata=found["metadata"],
-            created_at=_time(found["created_at"]),
-        )
+        return _session(found) if found else None
 
     async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
         return _true(await self._ask("chatd_delete_session", id=session_id, chatbot_id=chatbot_id))
@@ -225,16 +242,24 @@ class FunctionStorage:
                     "attempts": list(result.attempts),
                     "rerunnable": result.rerunnable,
                     "run": result.run,
+                    "history_truncated": result.history_truncated,
                 }
             )
         )
 
     async def renew_turns(
         self, turns: Sequence[tuple[str, int]], lease_seconds: float
-    ) -> frozenset[str]:
-        return frozenset(
-            await self._ask("chatd_renew_turns", turns=list(turns), lease_seconds=lease_seconds)
-        )
+    ) -> chatd.Renewed:
+        told = await self._ask("chatd_renew_turns", turns=list(turns), lease_seconds=lease_seconds)
+        return chatd.Renewed(frozenset(told["lost"]), frozenset(told["stopping"]))
+
+    async def stop_turn(self, turn_id: str, chatbot_id: str) -> bool:
+        return _true(await self._ask("chatd_stop_turn", id=turn_id, chatbot_id=chatbot_id))
+
+    async def running_turn(self, session_id: str, chatbot_id: str) -> chatd.TurnRecord | None:
+        found = await self._ask("chatd_running_turn", session_id=session_id, chatbot_id=chatbot_id)
+        _raise(found)
+        return _turn(found) if found else None
 
     async def get_turn(self, turn_id: str, chatbot_id: str) -> chatd.TurnRecord | None:
         found = await self._ask("chatd_get_turn", id=turn_id, chatbot_id=chatbot_id)
@@ -255,6 +280,63 @@ class FunctionStorage:
 
     async def sweep(self) -> int:
         return int(await self._ask("chatd_sweep"))
+
+    # Moving
+
+    async def list_sessions(
+        self, *, limit: int, after: str | None = None
+    ) -> Sequence[chatd.Session]:
+        found = await self._ask("chatd_list_sessions", limit=limit, after=after)
+        return [_session(session) for session in found]
+
+    async def tally_session(self, session_id: str) -> chatd.Tally | None:
+        counted = await self._tally.ask({"id": session_id})
+        _raise(counted)
+        return chatd.Tally(**counted) if counted else None
+
+    async def export_session(self, session_id: str, *, place: int = 0) -> chatd.SessionPart | None:
+        found = await self._export.ask(
+            {
+                "id": session_id,
+                "place": place,
+                "budget": chatd.PART_CHARS,
+                "overhead": chatd.PART_MESSAGE_CHARS,
+            }
+        )
+        _raise(found)
+        if not found:
+            return None
+        session = _session(found["session"])
+        return chatd.SessionPart(
+            session=session,
+            place=place,
+            messages=[
+                chatd.StoredMessage(id, role, content, datetime.fromisoformat(timestamp), turn_id)
+                for id, role, content, timestamp, turn_id in found["messages"]
+            ],
+            turns=[_exported(turn, session) for turn in found["turns"]],
+            more=found["more"],
+        )
+
+    async def import_session(self, part: chatd.SessionPart) -> None:
+        session = part.session
+        places = {message.id: place for place, message in enumerate(part.messages)}
+        answer = await self._import.ask(
+            {
+                "id": session.id,
+                "chatbot_id": session.chatbot_id,
+                "channel": session.channel,
+                "user_id": session.user_id,
+                "metadata": dict(session.metadata),
+                "created_at": session.created_at,
+                "place": part.place,
+                "messages": [[m.role, m.content, m.timestamp, m.turn_id] for m in part.messages],
+                "turns": [_turn_args(turn, places) for turn in part.turns],
+            }
+        )
+        if isinstance(answer, dict) and answer.get("error") == "session_conflict":
+            raise chatd.ConflictError(f"session {session.id}: {answer['detail']}")
+        _raise(answer)
 
 
 def _raise(answer: Any) -> None:
@@ -294,6 +376,8 @@ def _chatbot_args(chatbot: chatd.Chatbot) -> dict[str, Any]:
         "model": chatbot.model,
         "api_key": _stored(chatbot.api_key_hash),
         "settings": chatbot.settings.to_json(),
+        "created_at": chatbot.created_at,
+        "updated_at": chatbot.updated_at,
     }
 
 
@@ -307,6 +391,64 @@ def _chatbot(found: Mapping[str, Any]) -> chatd.Chatbot:
         created_at=_time(found["created_at"]),
         updated_at=_time(found["updated_at"]),
     )
+
+
+def _session(found: Mapping[str, Any]) -> chatd.Session:
+    return chatd.Session(
+        id=found["session_id"],
+        chatbot_id=found["chatbot_id"],
+        channel=found["channel"],
+        user_id=found["user_id"],
+        metadata=found["metadata"],
+        created_at=_time(found["created_at"]),
+    )
+
+
+def _exported(found: Mapping[str, Any], session: chatd.Session) -> chatd.ExportedTurn:
+    request_hash = found["request_hash"]
+    return chatd.ExportedTurn(
+        turn=_turn({**found, "chatbot_id": session.chatbot_id, "reply": None}),
+        seq=found["seq"],
+        rerunnable=found["rerunnable"],
+        idempotency_key=found["idempotency_key"],
+        request_hash=None if request_hash is None else bytes.fromhex(request_hash),
+        reply_id=found["reply_id"],
+    )
+
+
+def _turn_args(exported: chatd.ExportedTurn, places: Mapping[int, int]) -> dict[str, Any]:
+    """A turn as chatd_import_session takes it.
+
+    :param places: where the part's messages stand in it, by id.
+    """
+    turn, usage = exported.turn, exported.turn.usage
+    lost = turn.status is chatd.TurnStatus.RUNNING
+    return {
+        "turn_id": turn.id,
+        "seq": exported.seq,
+        "status": chatd.TurnStatus.INTERRUPTED if lost else turn.status,
+        "label": turn.label,
+        "idempotency_key": exported.idempotency_key,
+        "request_hash": exported.request_hash.hex() if exported.request_hash is not None else None,
+        "rerunnable": exported.rerunnable,
+        "run": exported.turn.run,
+        "reply_id": None if exported.reply_id is None else places.get(exported.reply_id),
+        "model": turn.model,
+        "provider": turn.provider,
+        "finish_reason": turn.finish_reason,
+        "error_code": "process_lost" if lost else turn.error_code,
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "cost_usd": usage.cost_usd,
+        "attempts": list(turn.attempts),
+        "rating": turn.rating,
+        "comment": turn.comment,
+        "started_at": turn.started_at,
+        "finished_at": turn.finished_at,
+        "history_truncated": turn.history_truncated,
+    }
 
 
 def _turn(found: Mapping[str, Any]) -> chatd.TurnRecord:
@@ -333,6 +475,8 @@ def _turn(found: Mapping[str, Any]) -> chatd.TurnRecord:
         comment=found["comment"],
         started_at=_time(found["started_at"]),
         finished_at=_time(found["finished_at"]),
+        history_truncated=found["history_truncated"],
+        run=found["run"],
     )
 
 
@@ -485,6 +629,20 @@ class SupabaseStorage(FunctionStorage):
     async def close(self) -> None:
         await self._rest.close()
 
+    def _unanswered(self, detail: str) -> chatd.Finding:
+        if "PGRST202" in detail:
+            problem = f"schema.sql has not been run here, or is of an older version ({detail})"
+            return chatd.Finding(problem, RUN_AGAIN)
+        if "42501" in detail:
+            return chatd.Finding(detail, RUN_AGAIN)
+        if detail.endswith(_WRONG_KEY):
+            return chatd.Finding(detail, "set SUPABASE_KEY to the project's secret key")
+        if detail.endswith(RUN_AGAIN):
+            return super()._unanswered(detail)
+        return chatd.Finding(
+            detail, "see that SUPABASE_URL is the project's address and the project is not paused"
+        )
+
 
 def _headers(key: str) -> dict[str, str]:
     """The headers that carry a key. Raises `PluginError` for one that cannot do what is needed.
@@ -545,6 +703,7 @@ _SETTINGS = {
             "pattern": "^https?://[^\\s?#]+$",
             "x-error": "must be the project's address, like https://abcdefghijkl.supabase.co",
             "description": "The project's address, like https://abcdefghijkl.supabase.co.",
+            "x-place": "address",
         },
         "key": {
             "type": "string",
@@ -558,6 +717,7 @@ _SETTINGS = {
             "pattern": "^(/[^\\s?#]*[^\\s?#/])?$",
             "x-error": "must be empty, or begin with a slash and not end with one",
             "description": "Where PostgREST is below `url`; empty for a PostgREST of your own.",
+            "x-place": "address",
         },
         "timeout": {
             "type": "number",

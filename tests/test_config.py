@@ -58,6 +58,7 @@ def test_a_small_configuration_has_sensible_defaults() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_that_is_shipped_is_good(path: Path, tmp_path: Path) -> None:
     env = {"SUPABASE_URL": "https://x.supabase.co", "SUPABASE_KEY": "sb_secret_x"}
+    env["DATABASE_URL"] = "postgresql://x@localhost/x"
     assert chatd_command("check", "--config", str(path), cwd=tmp_path, env=env).returncode == 0
 
 

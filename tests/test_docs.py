@@ -334,10 +334,15 @@ def test_the_other_plugins_of_the_page_work_together(tmp_path: Path) -> None:
         rude = chatd_command("chat", "Bot", cwd=tmp_path, stdin="speak\n")
         endpoint = bash(f"curl -s {process.url}/x/hello/you", tmp_path)
     command = chatd_command("greet", "you", cwd=tmp_path)
+    counted = chatd_command("sessions", cwd=tmp_path)
+    unread = chatd_command("sessions", "--config", "no.yaml", cwd=tmp_path)
     assert polite.stdout.strip() == "SPEAK? PLEASE?"
     assert (rude.returncode, rude.stderr) == (1, "(Say please.)\n")
     assert json.loads(endpoint) == {"hello": "you"}
     assert command.stdout == "Hello, you.\n"
+    assert counted.stdout == "2  Bot\n"
+    assert unread.returncode == 1
+    assert unread.stderr == "chatd: no.yaml: cannot be read: No such file or directory\n"
 
 
 def test_the_conformance_suites_run_as_the_page_shows(tmp_path: Path) -> None:

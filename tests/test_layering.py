@@ -14,7 +14,7 @@ FLOORS = [
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
-    {"routing", "limits", "access"},
+    {"routing", "limits", "access", "copying"},
     {"answering", "bookkeeping"},
     {"turns"},
     {"handlers"},
@@ -39,6 +39,7 @@ DOMAIN = {
     "reply",
     "turns",
     "access",
+    "copying",
 }
 
 

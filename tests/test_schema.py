@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from chatd_plugins.supabase import SCHEMA_VERSION
 
 from chatd.domain import hash_api_key, new_id
 from tests.postgres import ROLES, ROOT, Postgres, Supabase, jwt
@@ -121,18 +122,21 @@ def test_a_plain_insert_stores_the_key_hashed(postgres: Postgres) -> None:
 # chatd migrate
 
 
+CONFIG = str(ROOT / "config" / "postgres.yaml")
+
+
 def test_migrate_applies_the_schema_and_checks_it(tmp_path: Path) -> None:
     server = Postgres()
     env = {"DATABASE_URL": server.url}
     try:
-        missing = chatd_command("migrate", "--check", cwd=tmp_path, env=env)
+        missing = chatd_command("migrate", "--check", "--config", CONFIG, cwd=tmp_path, env=env)
         assert missing.returncode == 1
         assert "run schema.sql in it (`chatd migrate`)" in missing.stderr
         for _ in range(2):
             applied = chatd_command("migrate", cwd=tmp_path, env=env)
             assert (applied.returncode, applied.stderr) == (0, "")
-        checked = chatd_command("migrate", "--check", cwd=tmp_path, env=env)
-        assert checked.stdout == "The database is at this version.\n"
+        checked = chatd_command("migrate", "--check", "--config", CONFIG, cwd=tmp_path, env=env)
+        assert checked.stdout == "Nothing is to do: the storage is at this version.\n"
     finally:
         server.close()
     gone = chatd_command("migrate", cwd=tmp_path, env=env)
@@ -141,25 +145,45 @@ def test_migrate_applies_the_schema_and_checks_it(tmp_path: Path) -> None:
     assert "Traceback" not in gone.stderr
 
 
-def test_migrate_checks_through_postgrest(database: Supabase, tmp_path: Path) -> None:
+def test_migrate_checks_the_storage_that_is_configured(database: Supabase, tmp_path: Path) -> None:
+    text = (ROOT / "config" / "supabase.yaml").read_text()
+    (tmp_path / "chatd.yaml").write_text(
+        text.replace("use: supabase", "use: supabase\n  rest_path: ''")
+    )
     env = {"SUPABASE_URL": database.postgrest.url, "SUPABASE_KEY": jwt("service_role")}
-    env["SUPABASE_REST_PATH"] = ""
     checked = chatd_command("migrate", "--check", cwd=tmp_path, env=env)
     assert (checked.returncode, checked.stderr) == (0, "")
-    refused = chatd_command(
-        "migrate", "--check", cwd=tmp_path, env={**env, "SUPABASE_KEY": jwt("anon")}
-    )
+    env["SUPABASE_KEY"] = jwt("anon")
+    refused = chatd_command("migrate", "--check", cwd=tmp_path, env=env)
     assert refused.returncode == 1
     assert "is the anon key" in refused.stderr
+
+
+def test_migrate_says_when_postgrest_has_yet_to_see_it(database: Supabase, tmp_path: Path) -> None:
+    text = (ROOT / "config" / "supabase.yaml").read_text()
+    (tmp_path / "chatd.yaml").write_text(
+        text.replace("use: supabase", "use: supabase\n  rest_path: ''")
+    )
+    env = {"DATABASE_URL": database.postgres.url, "SUPABASE_KEY": jwt("service_role")}
+    env["SUPABASE_URL"] = database.postgrest.url
+    seen = chatd_command("migrate", cwd=tmp_path, env=env)
+    assert (seen.returncode, seen.stderr) == (0, "")
+    env["SUPABASE_URL"] = "http://127.0.0.1:9"
+    unseen = chatd_command("migrate", cwd=tmp_path, env=env)
+    assert unseen.returncode == 0
+    assert "NOTIFY pgrst, 'reload schema'" in unseen.stderr
 
 
 def test_migrate_prints_the_schema_where_it_cannot_connect(tmp_path: Path) -> None:
     printed = chatd_command("migrate", cwd=tmp_path)
     assert printed.stdout == SCHEMA
     assert "run this in the SQL editor" in printed.stderr
+
+
+def test_with_sqlite_nothing_is_to_migrate(tmp_path: Path) -> None:
     nothing = chatd_command("migrate", "--check", cwd=tmp_path)
-    assert nothing.returncode == 1
-    assert "set SUPABASE_URL and SUPABASE_KEY, or DATABASE_URL" in nothing.stderr
+    assert (nothing.returncode, nothing.stderr) == (0, "")
+    assert "Nothing is to do" in nothing.stdout
 
 
 # Who may
@@ -235,7 +259,7 @@ def test_every_function_pins_its_search_path(database: Supabase) -> None:
 
 def test_the_secret_key_may_do_what_chatd_does(database: Supabase) -> None:
     url, key = database.postgrest.url, jwt("service_role")
-    assert call(f"{url}/rpc/chatd_schema_version", key, "POST", {}) == (200, "1")
+    assert call(f"{url}/rpc/chatd_schema_version", key, "POST", {}) == (200, str(SCHEMA_VERSION))
     assert call(f"{url}/chatbots?select=id", key)[0] == 200
 
 
@@ -265,6 +289,10 @@ QUERIES = {
     "chatd_rate_turn": """'{{"id": "{id}", "session_id": "{session}", "rating": "up"}}'""",
     "chatd_renew_turns": """'{{"turns": [["{id}", 1]], "lease_seconds": 30}}'""",
     "chatd_sweep": "'{{}}'",
+    "chatd_list_sessions": """'{{"limit": 256, "after": "{session}"}}'""",
+    "chatd_tally_sessions": """'[{{"id": "{session}"}}]'""",
+    "chatd_export_sessions": "'[{export}]'",
+    "chatd_import_sessions": "'[{part}]'",
     "chatd_delete_session": """'{{"id": "{session}", "chatbot_id": "{bot}"}}'""",
 }
 """Every query over what grows. Chatbots are few."""
@@ -280,6 +308,11 @@ def test_every_query_uses_an_index_at_a_million_messages(database: Supabase) -> 
     finish = {"run": 1, "status": "completed", "reply": "ho", "attempts": [], "rerunnable": False}
     values = {"bot": bot, "session": session, "id": id}
     values |= {"turn": json.dumps(known | turn), "finish": json.dumps(known | finish)}
+    values |= {"export": json.dumps({"id": session, "place": 1, "budget": 2**21, "overhead": 256})}
+    moved = {"turn_id": new_id(), "seq": 99, "status": "completed", "run": 1, "attempts": []}
+    said = [["user", "hi", "2024-01-01T00:00:00Z", moved["turn_id"]]]
+    part = {"id": session, "chatbot_id": bot, "metadata": {}, "place": 40, "messages": said}
+    values |= {"part": json.dumps(part | {"turns": [moved | {"reply_id": 0, "rerunnable": False}]})}
     script = "LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0;"
     script += "SET auto_explain.log_nested_statements = on; SET client_min_messages = log;"
     for function, arguments in QUERIES.items():

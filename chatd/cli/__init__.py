@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 import chatd
 from chatd.app import load
-from chatd.cli import bots, chat, init, plugins
+from chatd.cli import bots, chat, init, plugins, storage
 from chatd.cli.check import check
-from chatd.cli.common import configured
+from chatd.cli.common import CliContext, configured, reports_errors
+from chatd.cli.doctor import doctor
 from chatd.cli.serve import serve
 from chatd.errors import ChatdError
 
@@ -28,6 +31,10 @@ class _Cli(click.Group):
         self._ask()
         return super().list_commands(ctx)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        # Here, for the commands of plugins; chatd's own tell theirs.
+        return reports_errors(super().invoke)(ctx)
+
     def _ask(self) -> None:
         if not self._asked:
             self._asked = True
@@ -40,8 +47,10 @@ class _Cli(click.Group):
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(chatd.__version__, prog_name="chatd")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """A chatbot back end: chats for many chatbots, over HTTP."""
+    ctx.obj = CliContext()
 
 
 main.add_command(serve)
@@ -50,5 +59,7 @@ main.add_command(plugins.plugins)
 main.add_command(bots.bots)
 main.add_command(chat.chat)
 main.add_command(init.init)
+main.add_command(doctor)
+main.add_command(storage.storage)
 
 __all__ = ["main"]

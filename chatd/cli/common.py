@@ -6,7 +6,7 @@ import asyncio
 import functools
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -83,6 +83,16 @@ async def opened_storage(config_path: Path | None) -> AsyncIterator[Storage]:
         yield storage
     finally:
         await storage.close()
+
+
+class CliContext:
+    """`chatd.CommandContext`: what plugins' commands are given."""
+
+    def storage_name(self, config: Path | None = None) -> str:
+        return load(configured(config))[0].storage.name
+
+    def open_storage(self, config: Path | None = None) -> AbstractAsyncContextManager[Storage]:
+        return opened_storage(config)
 
 
 class NoChatbot(ChatdError):

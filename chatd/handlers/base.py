@@ -72,7 +72,8 @@ class Operation:
     `auth` has no default, so that no route forgets to say who may. `request` and `response`
     name schemas; `events` says that the answer is, or with a `response` may be, a stream of
     events; `nothing` describes when there is nothing to answer with (204). `errors` are those
-    beside what every route can give.
+    beside what every route can give, and `problem` names the schema that they are told in.
+    A text as `events` describes another stream than the AI SDK's.
     """
 
     summary: str
@@ -80,10 +81,11 @@ class Operation:
     description: str = ""
     request: str | None = None
     response: str | None = None
-    events: bool = False
+    events: bool | str = False
     nothing: str | None = None
     parameters: tuple[Parameter, ...] = ()
     errors: tuple[type[RequestError], ...] = ()
+    problem: str = "problem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class ApiHandler(RequestHandler):
     route: Route | None
     chatbot: Chatbot | None = None
     error_code: str | None = None
+    error_type = "application/problem+json"
     streams = False
     """Whether an answer may be server-sent events."""
 
@@ -292,7 +295,7 @@ class ApiHandler(RequestHandler):
         self.error_code = error.code
         self.set_status(problem.status)
         self._common_headers()
-        self.set_header("Content-Type", "application/problem+json")
+        self.set_header("Content-Type", self.error_type)
         if problem.status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.set_header("Allow", self._allow())
         if problem.status == HTTPStatus.UNAUTHORIZED:
@@ -302,7 +305,11 @@ class ApiHandler(RequestHandler):
             self.set_header("Connection", "close")
         if seconds := retry_after(error):
             self.set_header("Retry-After", seconds)
-        self.finish(orjson.dumps(problem_body(error, self.request_id)))
+        self.finish(orjson.dumps(self.error_body(error)))
+
+    def error_body(self, error: RequestError) -> dict[str, Any]:
+        """What the client reads of an error."""
+        return problem_body(error, self.request_id)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         self._fail(_as_request_error(status_code, kwargs.get("exc_info")))
