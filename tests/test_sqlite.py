@@ -292,7 +292,7 @@ async def test_a_database_that_is_removed_under_the_server_is_noticed(
 async def test_a_turn_that_nobody_waits_for_any_more_is_not_begun(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatd.turns.BEGIN_SECONDS", 0.3)
+    monkeypatch.setattr("chatd.bookkeeping.BEGIN_SECONDS", 0.3)
     served = await serve(with_sqlite(ECHO_CONFIG, tmp_path).replace("0.1}", "20}"))
     bot = await served.add_bot()
     session = await served.session(bot)

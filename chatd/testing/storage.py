@@ -438,6 +438,52 @@ class StorageConformance:
         with pytest.raises(TurnInProgress):
             await storage.begin_turn(a_turn(session))
 
+    async def test_who_runs_a_turn_is_told_to_stop_it(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session))
+        turns = [(begun.turn_id, begun.run)]
+        assert await storage.renew_turns(turns, 60) == Renewed()
+        assert await storage.stop_turn(begun.turn_id, session.chatbot_id) is True
+        assert await storage.renew_turns(turns, 60) == Renewed(stopping=frozenset({begun.turn_id}))
+        stopped = FinishTurn(begun.turn_id, TurnStatus.STOPPED, "Half")
+        assert await storage.finish_turn(stopped) is True
+        assert await storage.stop_turn(begun.turn_id, session.chatbot_id) is False
+
+    async def test_another_chatbot_cannot_stop_a_turn(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session))
+        other = a_chatbot()
+        await storage.add_chatbot(other)
+        assert await storage.stop_turn(begun.turn_id, other.id) is False
+        assert await storage.stop_turn(new_id(), session.chatbot_id) is False
+        assert await storage.renew_turns([(begun.turn_id, begun.run)], 60) == Renewed()
+
+    async def test_the_turn_that_runs_in_a_session_is_found(
+        self, storage: Storage, session: Session
+    ) -> None:
+        assert await storage.running_turn(session.id, session.chatbot_id) is None
+        begun = await _begin(storage, a_turn(session))
+        running = await storage.running_turn(session.id, session.chatbot_id)
+        assert running is not None
+        assert (running.id, running.status, running.run) == (begun.turn_id, "running", begun.run)
+        await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.COMPLETED, "a"))
+        assert await storage.running_turn(session.id, session.chatbot_id) is None
+        for id, chatbot_id in [(new_id(), session.chatbot_id), (session.id, new_id())]:
+            with pytest.raises(NotFound):
+                await storage.running_turn(id, chatbot_id)
+
+    async def test_a_turn_keeps_that_its_history_was_cut(
+        self, storage: Storage, session: Session
+    ) -> None:
+        begun = await _begin(storage, a_turn(session))
+        done = FinishTurn(begun.turn_id, TurnStatus.COMPLETED, "a", history_truncated=True)
+        await storage.finish_turn(done)
+        record = await storage.get_turn(begun.turn_id, session.chatbot_id)
+        assert record is not None
+        assert record.history_truncated is True
+
     async def test_a_turn_that_ended_cannot_be_renewed(
         self, storage: Storage, session: Session
     ) -> None:
