@@ -20,7 +20,7 @@ from chatd.access import Access
 from chatd.config import Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
-from chatd.handlers import chat, docs, health, sessions, turns
+from chatd.handlers import chat, docs, health, openai, sessions, turns
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
 from chatd.offers import Offer
@@ -161,7 +161,7 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
             (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
         )
         stack.push_async_callback(_closed, f"interceptor {use.name}", interceptors[-1][1].close)
-    running = Turns(storage, router, interceptors)
+    running = Turns(storage, router, interceptors, lease_seconds=config.server.lease_seconds)
     stack.push_async_callback(running.close)
     await running.open()
     access = Access(
@@ -198,6 +198,7 @@ def routes() -> list[Route]:
         *chat.ROUTES,
         *sessions.ROUTES,
         *turns.ROUTES,
+        *openai.ROUTES,
         *health.ROUTES,
         docs.openapi_route(document),
     ]
@@ -216,6 +217,7 @@ def build_application(
         (pattern, handler, {"services": services, "route": _plugin_route(pattern, handler)})
         for pattern, handler in plugin_routes
     ]
+    rules.append((r"/v1(?:/.*)?", openai.UnknownOpenAIPathHandler, {"services": services}))
     return Application(
         rules,
         default_handler_class=UnknownPathHandler,

@@ -15,9 +15,6 @@ from chatd.storage import BeginTurn, BegunTurn, ExistingTurn, FinishTurn, Renewe
 
 log = logging.getLogger(__name__)
 
-LEASE_SECONDS = 30.0
-"""How long a turn outlives a process that died, unless storage knows sooner; renewed thrice."""
-
 BEGIN_SECONDS = 10.0
 """How long storage may take to begin a turn before the client is told to come back."""
 
@@ -32,10 +29,14 @@ class Books:
     """Keeps storage's record of turns true.
 
     `unstored` holds the ends that storage did not take yet, by turn.
+
+    :param lease_seconds: how long a turn outlives a process that died, unless storage knows
+        sooner; renewed thrice in that time.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, lease_seconds: float) -> None:
         self._storage = storage
+        self.lease_seconds = lease_seconds
         self.unstored: dict[str, FinishTurn] = {}
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -95,13 +96,13 @@ class Books:
         :param asked_to_stop: called with those of them that another process was asked to stop.
         """
         while True:
-            await asyncio.sleep(LEASE_SECONDS / 3)
+            await asyncio.sleep(self.lease_seconds / 3)
             turns = [*running(), *((f.turn_id, f.run) for f in self.unstored.values())]
             try:
-                async with asyncio.timeout(LEASE_SECONDS / 3):
+                async with asyncio.timeout(self.lease_seconds / 3):
                     renewed = Renewed()
                     if turns:
-                        renewed = await self._storage.renew_turns(turns, LEASE_SECONDS)
+                        renewed = await self._storage.renew_turns(turns, self.lease_seconds)
                     await self._storage.sweep()
                 if renewed.stopping:
                     asked_to_stop(renewed.stopping)

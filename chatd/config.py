@@ -38,6 +38,7 @@ class ServerConfig:
     body_timeout: float = 15
     chatbot_cache_seconds: float = 3
     drain_seconds: float = 25
+    lease_seconds: float = 30
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from chatd.answering import RunningTurn, around, asked, collect, storable, unfinished
-from chatd.bookkeeping import LEASE_SECONDS, STORE_SECONDS, Books
+from chatd.bookkeeping import STORE_SECONDS, Books
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
 from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, StorageUnavailable
 from chatd.interceptor import Interceptor, Proceed, TurnContext
@@ -83,9 +83,11 @@ class Turns:
         storage: Storage,
         router: Router,
         interceptors: Sequence[tuple[str, Interceptor]] = (),
+        *,
+        lease_seconds: float = 30,
     ) -> None:
         self._storage = storage
-        self._books = Books(storage)
+        self._books = Books(storage, lease_seconds)
         self._router = router
         self._interceptors = tuple(interceptors)
         self._running: dict[str, RunningTurn] = {}
@@ -159,7 +161,7 @@ class Turns:
                 chatbot_id=chatbot.id,
                 messages=messages,
                 history_chars=max(0, int(budget) - given),
-                lease_seconds=LEASE_SECONDS,
+                lease_seconds=self._books.lease_seconds,
                 label=label,
                 idempotency_key=idempotency_key,
                 request_hash=_digest(label, messages, extras) if idempotency_key else None,

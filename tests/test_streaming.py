@@ -230,10 +230,9 @@ async def test_a_turn_is_read_on_after_the_server_was_started_again(
 
 
 async def test_another_process_gives_the_rest_once_it_is_stored_and_can_stop_the_turn(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("chatd.bookkeeping.LEASE_SECONDS", 0.6)
-    slow = SLOW_CONFIG.replace("0.05", "0.2")
+    slow = SLOW_CONFIG.replace("0.05", "0.2") + "server: {lease_seconds: 0.6}\n"
     talk = await Talk.open(await serve(slow))
     async with AsyncExitStack() as stack:
         other = Talk(await open_served(tmp_path / "chatd.yaml", stack), talk.bot, talk.session)
