@@ -46,7 +46,7 @@ IDEMPOTENCY_KEY = Parameter(
 LAST_EVENT_ID = Parameter(
     "Last-Event-ID",
     "header",
-    {"type": "string", "pattern": "^[0-9]{1,15}$"},
+    {"type": "string", "pattern": "^[0-9]{0,16}$"},
     "The id of the last event that you have; the stream goes on after it.",
 )
 
@@ -172,17 +172,14 @@ class _Writer:
         """Writes to the end; False when the reader went away before it, or was too slow."""
         self._reply.add_reader(self._wake)
         self._handler.on_gone = self._leave
-        timer = self._loop.call_later(HEARTBEAT_SECONDS, self._tick)
+        self._timer = self._loop.call_later(HEARTBEAT_SECONDS, self._tick)
         try:
             self._pump()
             return await self._ended
         finally:
-            self._timer_off(timer)
+            self._timer.cancel()
+            self._leave()
             self._reply.remove_reader(self._wake)
-
-    def _timer_off(self, timer: asyncio.TimerHandle) -> None:
-        timer.cancel()
-        self._leave()
 
     def _leave(self) -> None:
         if not self._ended.done():
@@ -232,7 +229,8 @@ class _Writer:
             return
         if not self._flushing and silent >= HEARTBEAT_SECONDS:
             self._write(b":\n\n")
-        self._loop.call_later(max(0.1, HEARTBEAT_SECONDS - silent % HEARTBEAT_SECONDS), self._tick)
+        wait = max(0.1, HEARTBEAT_SECONDS - silent % HEARTBEAT_SECONDS)
+        self._timer = self._loop.call_later(wait, self._tick)
 
 
 class TurnHandler(ApiHandler):
