@@ -139,7 +139,7 @@ class Message:
     @property
     def cost_chars(self) -> int:
         """What the message takes of a context budget, in characters."""
-        images = sum(part.get("type") != "text" for part in self.parts or ())
+        images = sum(1 for part in self.parts or () if part.get("type") != "text")
         calls = len(json.dumps(self.tool_calls)) if self.tool_calls else 0
         return len(self.content) + images * IMAGE_CHARS + calls + MESSAGE_OVERHEAD_CHARS
 

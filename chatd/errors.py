@@ -7,7 +7,8 @@ ChatdError
 ├── ProviderError            one provider failed at one attempt (never leaves `turns.py`)
 └── RequestError             ends a request; `code` is what the client reads
     ├── MalformedRequest     ├── InvalidRequest      ├── InvalidApiKey
-    ├── NotFound             ├── OriginNotAllowed    ├── TurnRefused
+    ├── SessionRequired      ├── NotFound            ├── OriginNotAllowed
+    ├── TurnRefused
     ├── TurnInProgress       ├── IdempotencyKeyReused
     ├── RateLimited          ├── ProviderFailed      ├── ProviderTimeout
     ├── StorageUnavailable   ├── Overloaded
@@ -159,6 +160,13 @@ class InvalidApiKey(RequestError):
         "The API key is missing, wrong, or not this assistant's. Send it as `api_key` in the "
         "body, as `Authorization: Bearer …` or as `X-API-Key`."
     )
+
+
+class SessionRequired(RequestError):
+    """A widget's request that names no session."""
+
+    code = "session_required"
+    default_detail = "Send the id of the widget's session as `Authorization: Bearer …`."
 
 
 class NotFound(RequestError):

@@ -30,11 +30,17 @@ _REQUEST_ID = {
         "schema": {"type": "string"},
     }
 }
+# One event: OpenAPI 3.1 has no word for it, and tools read the schema of a stream as this.
 _EVENTS = {
-    "type": "string",
+    "type": "object",
     "description": "The AI SDK's UI message stream, version 1: `data:` lines with a JSON object whose "
     "`type` is `start`, `text-start`, `text-delta`, `text-end`, `finish`, `error` or `abort`, each "
     "with an `id:`; `data: [DONE]` is last. An `error` has the `code` of the plain answer.",
+    "required": ["data"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+$"},
+        "data": {"type": "string", "pattern": r"^(\{.*\}|\[DONE\])$"},
+    },
 }
 _INTERNAL = {"$schema", "x-error"}
 

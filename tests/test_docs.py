@@ -249,7 +249,8 @@ def greeted(process: ServerProcess, word: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/quick-start.md", "docs/api.md", "docs/operations.md"]
+    "name",
+    ["README.md", "docs/quick-start.md", "docs/api.md", "docs/openai.md", "docs/operations.md"],
 )
 def test_the_commands_of_a_page_give_what_it_shows(name: str, server: ServerProcess) -> None:
     marked = [block for block in blocks(name) if block.mark in ("run", "answer")]

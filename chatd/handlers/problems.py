@@ -56,6 +56,7 @@ class Problem:
 PROBLEMS: dict[type[RequestError], Problem] = {
     errors.MalformedRequest: Problem(400, "The request cannot be read"),
     errors.InvalidApiKey: Problem(401, "The API key is not valid"),
+    errors.SessionRequired: Problem(401, "The session is missing"),
     errors.OriginNotAllowed: Problem(403, "The origin is not allowed"),
     errors.TurnRefused: Problem(403, "The message was declined"),
     errors.NotFound: Problem(404, "Not found"),

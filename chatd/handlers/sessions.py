@@ -9,6 +9,7 @@ from chatd.errors import (
     NotFound,
     OriginNotAllowed,
     RequestError,
+    SessionRequired,
     StorageUnavailable,
 )
 from chatd.handlers.base import ApiHandler, Auth, Operation, Parameter, Route
@@ -130,9 +131,9 @@ _BEFORE = Parameter(
 )
 
 
-def _operations(auth: Auth, refused: type[RequestError]) -> tuple[Operation, Operation, Operation]:
+def _operations(auth: Auth, *refused: type[RequestError]) -> tuple[Operation, Operation, Operation]:
     """Reading, erasing and following a session: the same for clients and for widgets."""
-    errors = (refused, NotFound, StorageUnavailable)
+    errors = (*refused, NotFound, StorageUnavailable)
     return (
         Operation(
             summary="What was said in a session",
@@ -161,7 +162,7 @@ def _operations(auth: Auth, refused: type[RequestError]) -> tuple[Operation, Ope
 
 
 _MESSAGES, _ERASE, _STREAM = _operations("api_key", InvalidApiKey)
-_OWN_MESSAGES, _ERASE_OWN, _OWN_STREAM = _operations("widget", OriginNotAllowed)
+_OWN_MESSAGES, _ERASE_OWN, _OWN_STREAM = _operations("widget", SessionRequired, OriginNotAllowed)
 _SESSION = "/api/chat/session/{session_id}"
 
 ROUTES = [

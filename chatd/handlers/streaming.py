@@ -12,7 +12,13 @@ import orjson
 from tornado.iostream import StreamClosedError
 
 from chatd.domain import Chatbot, TurnStatus, canonical_id
-from chatd.errors import InvalidRequest, MalformedRequest, NotFound, ProviderTimeout
+from chatd.errors import (
+    InvalidRequest,
+    MalformedRequest,
+    NotFound,
+    ProviderTimeout,
+    SessionRequired,
+)
 from chatd.handlers.base import ApiHandler, Parameter
 from chatd.handlers.problems import problem_body
 from chatd.reply import Reply, TurnResult
@@ -246,13 +252,15 @@ class TurnHandler(ApiHandler):
     async def caller(self) -> tuple[Chatbot, str | None]:
         """Whose turns these are: a chatbot's, by its key; for a widget those of its own session.
 
-        Raises `InvalidApiKey`; `NotFound` or `OriginNotAllowed` for a widget.
+        Raises `InvalidApiKey`; for a widget `SessionRequired`, `NotFound` or `OriginNotAllowed`.
         """
         access = self.services.access
         if self.private:
             chatbot = await access.client_by_key(self.api_key({}))
             return self.serve_chatbot(chatbot, check_origin=False), None
-        session_id = canonical_id(self.bearer() or "") or ""
+        if (token := self.bearer()) is None:
+            raise SessionRequired
+        session_id = canonical_id(token) or ""
         chatbot = await access.widget_session(session_id)
         return self.serve_chatbot(chatbot, check_origin=True), session_id
 

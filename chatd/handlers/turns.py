@@ -10,6 +10,7 @@ from chatd.errors import (
     NotFound,
     OriginNotAllowed,
     RequestError,
+    SessionRequired,
     StorageUnavailable,
 )
 from chatd.handlers.base import Auth, Operation, Route
@@ -102,9 +103,9 @@ def shown(record: TurnRecord, *, private: bool) -> dict[str, Any]:
     return told
 
 
-def _routes(prefix: str, tag: str, auth: Auth, refused: type[RequestError]) -> list[Route]:
+def _routes(prefix: str, tag: str, auth: Auth, *refused: type[RequestError]) -> list[Route]:
     """The same endpoints for clients, who have a key, and for widgets, which have a session."""
-    errors = (refused, NotFound, StorageUnavailable)
+    errors = (*refused, NotFound, StorageUnavailable)
     turn = Operation(
         summary="What became of a turn",
         description="Its state, and its reply once it has ended.",
@@ -149,5 +150,5 @@ def _routes(prefix: str, tag: str, auth: Auth, refused: type[RequestError]) -> l
 
 ROUTES = [
     *_routes("/api/chat", "REST", "api_key", InvalidApiKey),
-    *_routes("/api/chat/widget", "Widget", "widget", OriginNotAllowed),
+    *_routes("/api/chat/widget", "Widget", "widget", SessionRequired, OriginNotAllowed),
 ]
