@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -88,12 +88,12 @@ class Books:
     async def keep(
         self,
         running: Callable[[], Iterable[tuple[str, int]]],
-        asked_to_stop: Callable[[frozenset[str]], None],
+        told: Callable[[Renewed], Awaitable[None]],
     ) -> None:
         """Renews leases and sweeps, for ever.
 
         :param running: the turns that run here, as id and run.
-        :param asked_to_stop: called with those of them that another process was asked to stop.
+        :param told: called with what storage says of them.
         """
         while True:
             await asyncio.sleep(self.lease_seconds / 3)
@@ -104,8 +104,7 @@ class Books:
                     if turns:
                         renewed = await self._storage.renew_turns(turns, self.lease_seconds)
                     await self._storage.sweep()
-                if renewed.stopping:
-                    asked_to_stop(renewed.stopping)
+                    await told(renewed)
             except (TimeoutError, StorageUnavailable) as error:
                 log.warning("leases cannot be renewed: %s", error or "no answer in time")
             except Exception:

@@ -23,7 +23,7 @@ from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.provider import Event, ProviderRequest, Timeouts, needs
 from chatd.reply import Reply, TurnResult, shown_reason
 from chatd.routing import Router, total_usage
-from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Storage, TurnRecord
+from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Renewed, Storage, TurnRecord
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Turns:
     async def open(self) -> None:
         """Clears up after processes that died, and goes on doing so."""
         await self._books.sweep()
-        self._keeper = asyncio.create_task(self._books.keep(self._leases, self._stop_here))
+        self._keeper = asyncio.create_task(self._books.keep(self._leases, self._told))
 
     # Starting
 
@@ -343,10 +343,18 @@ class Turns:
     def _leases(self) -> list[tuple[str, int]]:
         return [(turn.id, turn.reply.run) for turn in self._running.values()]
 
-    def _stop_here(self, turn_ids: frozenset[str]) -> None:
-        for turn_id in turn_ids:
-            if (turn := self._running.get(turn_id)) is not None:
-                turn.end_early(TurnStatus.STOPPED)
+    async def _told(self, renewed: Renewed) -> None:
+        """Ends turns that another process was asked to stop, and those that nobody can read."""
+        for turn_id in renewed.stopping | renewed.lost:
+            turn = self._running.get(turn_id)
+            if turn is None:
+                continue
+            if turn_id in renewed.lost:
+                record = await self._storage.get_turn(turn_id, turn.chatbot.id)
+                # One whose lease ran out meanwhile may still be finished.
+                if record is not None and record.run == turn.reply.run:
+                    continue
+            turn.end_early(TurnStatus.STOPPED)
 
     # Running
 

@@ -259,6 +259,46 @@ async def test_another_process_gives_the_rest_once_it_is_stored_and_can_stop_the
         assert turn["response"] == said(seen) + said(here)
 
 
+async def test_erasing_a_session_through_another_process_ends_its_turn(
+    serve: Serve, tmp_path: Path
+) -> None:
+    slow = SLOW_CONFIG.replace("0.05", "0.5") + "server: {lease_seconds: 0.6}\n"
+    talk = await Talk.open(await serve(slow))
+    async with AsyncExitStack() as stack:
+        other = await open_served(tmp_path / "chatd.yaml", stack)
+        async with talk.say() as answer:
+            await read_some(answer, 1)
+            path = f"/api/chat/session/{talk.session}"
+            erased = await other.request("DELETE", path, headers=talk.headers)
+            assert erased.status == 204
+            rest = parsed(await answer.text())
+        assert types(rest)[-2:] == ["abort", "[DONE]"]
+        assert "eight" not in said(rest)
+
+
+@pytest.mark.parametrize("bad", [3, 7, 4 * 12 + 2, 4 * 5 + 1, 4 * 13, 4 * 100 + 3])
+async def test_an_id_that_no_event_has_is_taken_for_none(serve: Serve, bad: int) -> None:
+    talk = await Talk.open(await serve(ECHO_CONFIG))
+    async with talk.say() as answer:
+        events = parsed(await answer.text())
+    assert said(events) == "You said: hi"
+    turn_id = events[0][1]["messageMetadata"]["turn_id"]
+    assert await talk.events(turn_id, bad) == events
+
+
+async def test_a_client_of_http_1_0_sees_the_end_of_a_stream(serve: Serve) -> None:
+    talk = await Talk.open(await serve(ECHO_CONFIG))
+    async with talk.say(stream=False) as answer:
+        turn_id = (await answer.json())["turn_id"]
+    host, port = talk.served.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"GET /api/chat/turns/{turn_id}/events HTTP/1.0\r\nConnection: keep-alive\r\n"
+    writer.write(f"{head}X-API-Key: {KEY}\r\n\r\n".encode())
+    async with asyncio.timeout(5):
+        assert (await reader.read()).endswith(b"data: [DONE]\n\n")
+    writer.close()
+
+
 # Stopping
 
 

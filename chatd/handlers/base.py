@@ -137,6 +137,7 @@ class ApiHandler(RequestHandler):
         self._received = 0
         self._early = True
         self._cors = False
+        self.is_gone = False
         self.on_gone: Callable[[], None] | None = None
         given = self.request.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -248,6 +249,7 @@ class ApiHandler(RequestHandler):
         return chatbot
 
     def on_connection_close(self) -> None:
+        self.is_gone = True
         if self.on_gone is not None:
             self.on_gone()
 

@@ -92,7 +92,9 @@ class UIMessageStream:
         self._private = private
         self._request_id = request_id
         self._base = (reply.run - 1) * RUN_STRIDE
-        after = after - self._base if after - self._base in range(1, RUN_STRIDE) else 0
+        after -= self._base
+        if not (0 < after < RUN_STRIDE and _is_of(after, reply)):
+            after = 0
         self._place, event = divmod(after, 4)
         self._began = after >= 1
         self._text_began = after >= 2 and after != 3
@@ -117,10 +119,12 @@ class UIMessageStream:
             events.append(self._event(4 * self._place, delta))
         elif result is not None and not self.is_done:
             self.is_done = True
+            # A text that began and whose words were lost ends after its start all the same.
+            last = self._place or int(self._text_began)
             if self._text_began and not (self._text_ended or self._ended):
-                events.append(self._event(4 * self._place + 1, {"type": "text-end", "id": "0"}))
+                events.append(self._event(4 * last + 1, {"type": "text-end", "id": "0"}))
             if not self._ended:
-                events.append(self._event(4 * self._place + 3, self._end(result)))
+                events.append(self._event(4 * last + 3, self._end(result)))
             events.append(b"data: [DONE]\n\n")
         return b"".join(events)
 
@@ -141,6 +145,17 @@ class UIMessageStream:
                 "session_id": self._reply.session_id,
             },
         }
+
+
+def _is_of(event: int, reply: Reply) -> bool:
+    """Whether a reader of this run may have this event, as far as can be told."""
+    if reply.result is None or reply.result.error is not None:
+        # Words that were streamed may have been lost with their process.
+        return True
+    place, kind = divmod(event, 4)
+    if kind == 0 or event in (1, 2):
+        return place <= reply.length
+    return place == reply.length and kind != 2
 
 
 def outcome(result: TurnResult, *, private: bool) -> dict[str, Any]:
@@ -178,6 +193,8 @@ class _Writer:
         """Writes to the end; False when the reader went away before it, or was too slow."""
         self._reply.add_reader(self._wake)
         self._handler.on_gone = self._leave
+        if self._handler.is_gone:
+            self._leave()
         self._timer = self._loop.call_later(HEARTBEAT_SECONDS, self._tick)
         try:
             self._pump()
@@ -311,6 +328,8 @@ class TurnHandler(ApiHandler):
 
         reply.add_reader(reader)
         self.on_gone = gone
+        if self.is_gone:
+            gone()
         assert self.chatbot is not None
         try:
             # A turn that was there before may be a stream's, which may take longer.
@@ -338,6 +357,10 @@ class TurnHandler(ApiHandler):
         if await _Writer(self, reply, format).run():
             with contextlib.suppress(StreamClosedError):
                 await self.finish()
+            if self.request.version == "HTTP/1.0":
+                # Its end is the connection's, also for a client that asked to keep that.
+                connection: Any = self.request.connection
+                connection.stream.close()
         else:
             self.services.turns.left(reply)
 
