@@ -345,7 +345,6 @@ async def test_a_postgrest_that_restarts_is_waited_for(supabase: Supabase) -> No
 
 SESSIONS = 300
 EARLY_SESSIONS = 240
-TURNS = 2
 ANSWER_SECONDS = 0.8
 OUTAGE_SECONDS = 2.0
 PAUSE_SECONDS = 1.5
@@ -364,11 +363,6 @@ class Talk:
         answer = await served.chat(bot, self.session, text)
         self.said.append((text, answer))
         return answer
-
-    async def go_on(self, served: Served, bot: Chatbot) -> None:
-        for _ in range(TURNS):
-            if (await self.say(served, bot)).status != 200:
-                await asyncio.sleep(0.2)
 
     async def say_until_answered(self, served: Served, bot: Chatbot) -> None:
         async def say() -> Answer:
@@ -438,12 +432,12 @@ async def test_under_load_nothing_acknowledged_is_lost_and_nothing_doubled(
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         served = replace(served, http=http)
         talks = [Talk(session) for session in await sessions(served, bot)]
-        talking = [asyncio.create_task(t.go_on(served, bot)) for t in talks[:EARLY_SESSIONS]]
+        talking = [asyncio.create_task(t.say(served, bot)) for t in talks[:EARLY_SESSIONS]]
         await until_running(supabase, 200)
         course = fault(supabase)
         await asyncio.to_thread(next, course)
         began = time.time()
-        talking += [asyncio.create_task(t.go_on(served, bot)) for t in talks[EARLY_SESSIONS:]]
+        talking += [asyncio.create_task(t.say(served, bot)) for t in talks[EARLY_SESSIONS:]]
         await asyncio.to_thread(next, course, None)
         await asyncio.gather(*talking)
         await ready_again(served)
