@@ -130,17 +130,19 @@ class Postgres:
 
     def execute(self, *scripts: str) -> str:
         """Runs SQL as the database's owner, and returns what it prints."""
-        return "".join(
-            subprocess.run(
+        printed = ""
+        for script in scripts:
+            result = subprocess.run(
                 [str(self.bin / "psql"), self.url, "-XqAt", "-v", "ON_ERROR_STOP=1"],
                 input=script,
                 capture_output=True,
                 text=True,
                 timeout=60,
-                check=True,
-            ).stdout
-            for script in scripts
-        )
+                check=False,
+            )
+            assert result.returncode == 0, result.stderr
+            printed += result.stdout
+        return printed
 
 
 class PostgREST:
