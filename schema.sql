@@ -229,7 +229,8 @@ END $$;
 -- The newest whole turns that fit the budget, newest first, and whether any were left out.
 CREATE OR REPLACE FUNCTION public.chatd_history(
     wanted uuid, but uuid, budget bigint, overhead integer) RETURNS jsonb
-LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+-- Without sorting the index gives messages one by one, and only as many are read as fit.
+LANGUAGE plpgsql STABLE SET search_path = '' SET enable_sort = off AS $$
 DECLARE
     found record;
     kept jsonb[] := '{}';
@@ -238,10 +239,10 @@ DECLARE
 BEGIN
     FOR found IN
         SELECT c.role, c.content, c.turn_id FROM public.conversations c
-        LEFT JOIN public.turns t ON t.turn_id = c.turn_id
         WHERE c.session_id = wanted AND (c.turn_id IS NULL OR (c.turn_id <> but
-            AND t.status IN ('completed', 'stopped', 'interrupted')))
-        ORDER BY c.id DESC
+            AND (SELECT t.status FROM public.turns t WHERE t.turn_id = c.turn_id)
+                IN ('completed', 'stopped', 'interrupted')))
+        ORDER BY c.id DESC LIMIT greatest(budget, 0) / overhead + 1
     LOOP
         IF found.turn_id IS NULL OR found.turn_id IS DISTINCT FROM current THEN
             whole := cardinality(kept);
@@ -405,7 +406,9 @@ DECLARE
 BEGIN
     FOR entry IN
         SELECT i.item, i.place FROM jsonb_array_elements(items) WITH ORDINALITY AS i (item, place)
-        ORDER BY i.item->>'session_id', i.place
+        ORDER BY (SELECT t.session_id::text FROM public.turns t WHERE t.turn_id =
+            CASE WHEN i.item->>'turn_id' ~ '^[0-9a-f-]{36}$'
+                THEN (i.item->>'turn_id')::uuid END), i.place
     LOOP
         BEGIN
             answers[entry.place] := public.chatd_finish_turn(entry.item);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
@@ -20,6 +21,9 @@ BEGIN_SECONDS = 10.0
 
 STORE_SECONDS = 2.0
 """How long an answer waits to be stored before the client gets it all the same."""
+
+TAKE_BACK_SECONDS = 10.0
+"""How long a turn that nobody was told of is looked for: it may begin after it was given up."""
 
 STORE_LATER_SECONDS = 60.0
 """How long storing is tried again after that."""
@@ -114,12 +118,14 @@ class Books:
         """Ends a turn that began although nobody was told so."""
         finish = FinishTurn(turn_id, TurnStatus.FAILED, error_code=StorageUnavailable.code)
         finish = replace(finish, rerunnable=True)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + TAKE_BACK_SECONDS
         for pause in _backoff(STORE_LATER_SECONDS):
-            try:
-                await self._storage.finish_turn(finish)
-                return
-            except StorageUnavailable:
-                await asyncio.sleep(pause)
+            # False may mean that it begins later: what was sent is still on its way.
+            with contextlib.suppress(StorageUnavailable):
+                if await self._storage.finish_turn(finish) or loop.time() > end:
+                    return
+            await asyncio.sleep(pause)
 
     async def _finish_later(self, finish: FinishTurn) -> None:
         stored = False

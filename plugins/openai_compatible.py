@@ -6,6 +6,7 @@ The wire format is here once; `openrouter` builds on it.
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 import re
@@ -19,6 +20,9 @@ import chatd
 
 MAX_BODY_BYTES = chatd.MAX_EVENT_BYTES
 """The largest answer in one piece that is read."""
+
+LARGE_BODY = 2**20
+"""Bytes from which a body is sent in pieces, so that the event loop is not kept from others."""
 
 END_GRACE_SECONDS = 0.5
 """How long the end of the body is waited for once the answer is whole: usage often comes after
@@ -136,10 +140,18 @@ class ChatCompletions:
             raise self._error(error.error, error.status, request, reached_model=True) from None
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None, connect: float) -> Any:
+        data: bytes | io.BytesIO | None = None
+        headers = {}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            data = json.dumps(body).encode()
+            if len(data) >= LARGE_BODY:
+                data = io.BytesIO(data)
         return self._http.request(
             method,
             self._base_url + path,
-            json=body,
+            data=data,
+            headers=headers,
             # A redirect would take the key to another host.
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=None, connect=connect),

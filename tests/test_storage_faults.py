@@ -428,13 +428,12 @@ FAULTS = [
 async def test_under_load_nothing_acknowledged_is_lost_and_nothing_doubled(
     serve: Serve,
     supabase: Supabase,
-    monkeypatch: pytest.MonkeyPatch,
     plugin: str,
     fault: Callable[[Supabase], Iterator[None]],
 ) -> None:
     # A turn that storage began too late, when nobody waited for it any more, ends with its lease.
-    monkeypatch.setattr("chatd.turns.LEASE_SECONDS", SHORT_LEASE)
-    served = await serve(echoing(supabase.configured(plugin), ANSWER_SECONDS))
+    config = echoing(supabase.configured(plugin), ANSWER_SECONDS)
+    served = await serve(config.replace("server:", f"server:\n  lease_seconds: {SHORT_LEASE}"))
     bot = await served.add_bot()
     # aiohttp has 100 requests under way at once, and lets others wait, unless told otherwise.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
@@ -548,10 +547,10 @@ async def test_storing_an_answer_is_given_up_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("chatd.turns.STORE_SECONDS", 0.2)
-    monkeypatch.setattr("chatd.turns.STORE_LATER_SECONDS", 0.5)
-    monkeypatch.setattr("chatd.turns.LEASE_SECONDS", 1)
-    served = await serve(echoing(supabase.configured(plugin), 0.3))
+    monkeypatch.setattr("chatd.bookkeeping.STORE_SECONDS", 0.2)
+    monkeypatch.setattr("chatd.bookkeeping.STORE_LATER_SECONDS", 0.5)
+    config = echoing(supabase.configured(plugin), 0.3)
+    served = await serve(config.replace("server:", "server:\n  lease_seconds: 1"))
     bot = await served.add_bot()
     session = await served.session(bot)
     asked = asyncio.create_task(served.chat(bot, session, "hi"))
@@ -597,14 +596,7 @@ async def test_what_nobody_waits_for_any_more_is_not_begun(supabase: Supabase, p
     "function",
     [
         "chatd_begin_turns",
-        pytest.param(
-            "chatd_finish_turns",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=asyncpg.LockNotAvailableError,
-                reason="its items say no session to sort by",
-            ),
-        ),
+        "chatd_finish_turns",
     ],
 )
 async def test_calls_that_share_sessions_lock_them_in_one_order(
@@ -879,9 +871,6 @@ async def test_of_ten_thousand_messages_only_those_that_fit_are_read(
     await storage.close()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="chatd_history sorts all messages of the session"
-)
 async def test_history_is_read_only_as_far_as_the_budget_goes(supabase: Supabase) -> None:
     storage = await open_plugin(supabase, "postgres")
     session = await a_session(storage)
