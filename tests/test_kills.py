@@ -17,7 +17,7 @@ from tests.postgres import free_port
 from tests.support import KEY, ServerProcess, chatd_command
 from tests.test_streaming import parsed, said
 
-KILLS = int(os.environ.get("CHATD_KILLS", "8"))
+KILLS = int(os.environ.get("CHATD_KILLS", "4"))
 """How often the server is killed; more by hand."""
 
 TALKERS = 8
