@@ -41,7 +41,8 @@ class ProviderRequest:
     """What a model is asked. `parameters` go into the request as they are, where a provider can.
 
     `user` and `session_id` are for the provider's abuse reports and sticky caches; they are ids
-    of chatd's own, never a visitor's name.
+    of chatd's own, never a visitor's name. `options` are what the chatbot's settings say to this
+    kind of provider, by the name it is offered under.
     """
 
     model: str
@@ -53,6 +54,7 @@ class ProviderRequest:
     session_id: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     timeouts: Timeouts = Timeouts()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def needs(messages: Sequence[Message], parameters: Mapping[str, Any]) -> frozenset[str]:
@@ -97,6 +99,16 @@ class UsageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationId:
+    """By what name the provider knows the answer that now begins; comes before any of it.
+
+    What an answer took that was broken off is asked for with it: see `Provider`.
+    """
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The end of a whole answer. `model` is the one that answered, by the provider's word."""
 
@@ -104,7 +116,7 @@ class Finish:
     model: str | None = None
 
 
-Event = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | Finish
+Event = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | GenerationId | Finish
 
 
 def checked(event: Any) -> Event:
@@ -117,6 +129,9 @@ def checked(event: Any) -> Event:
             _check_tool_call(event)
         case UsageReport(usage):
             _check_usage(usage)
+        case GenerationId(id):
+            if not isinstance(id, str):
+                raise TypeError(f"GenerationId with {type(id).__name__} as id")
         case Finish(reason, model):
             if reason not in get_args(FinishReason):
                 raise ValueError("Finish with a reason that is none")
@@ -162,6 +177,10 @@ class Provider(Protocol):
     One that takes more than text says so in an attribute `takes: ClassVar[frozenset[str]]`, with
     `tools` (the parameter `tools`, and messages with `tool_calls` or of the role `tool`) and
     `images` (messages with `parts`); without it neither comes.
+
+    One whose service tells afterwards what an answer took has a coroutine method
+    `generation(id: str) -> Usage | None`: for an answer that ended without a `UsageReport`, it is
+    called with the id of its `GenerationId`, and again a few times while it returns None.
     """
 
     def stream(self, request: ProviderRequest) -> AsyncGenerator[Event, None]:
