@@ -26,7 +26,7 @@ from chatd.errors import (
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.provider import Event, Finish, TextDelta, ToolCallDelta, UsageReport, checked
 from chatd.reply import Reply, whole_calls
-from chatd.routing import Attempt
+from chatd.routing import Trail
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class RunningTurn:
     prompt_chars: int
     usage: Usage = Usage()
     finish: Finish | None = None
-    attempts: list[Attempt] = field(default_factory=list)
+    trail: Trail = field(default_factory=Trail)
     answering: bool = True
     ending: TurnStatus | None = None
     task: asyncio.Task[None] | None = None
@@ -77,10 +77,12 @@ class RunningTurn:
                 self.finish = event
 
     def attempts_json(self) -> list[dict[str, Any]]:
-        """The attempts as they are stored, the last one with the tools that were called."""
-        attempts = [attempt.to_json() for attempt in self.attempts]
-        if attempts and self.reply.tool_calls:
-            attempts[-1]["tool_calls"] = [asdict(call) for call in whole_calls(self.reply)]
+        """The attempts as they are stored, that which answered with the tools that were called."""
+        attempts = [attempt.to_json() for attempt in self.trail.attempts]
+        answering = self.trail.answering
+        if answering is not None and self.reply.tool_calls:
+            place = self.trail.attempts.index(answering)
+            attempts[place]["tool_calls"] = [asdict(call) for call in whole_calls(self.reply)]
         return attempts
 
     def say(self, text: str) -> None:
@@ -128,8 +130,8 @@ async def collect(
     except Exception as failure:
         if scope.expired():
             error = ProviderTimeout()
-            if turn.attempts:
-                turn.attempts[-1].fail(ProviderErrorKind.TIMEOUT, reached_model=True)
+            if turn.trail.answering is not None:
+                turn.trail.answering.fail(ProviderErrorKind.TIMEOUT, reached_model=True)
             log.warning("turn %s: %s did not answer in time", turn.id, asked(turn))
         else:
             error = _failed(turn, failure)
@@ -181,7 +183,8 @@ def around(name: str, interceptor: Interceptor, inner: Proceed) -> Proceed:
 
 def asked(turn: RunningTurn) -> str:
     """Who was asked last, for the log."""
-    return f"provider {turn.attempts[-1].provider}" if turn.attempts else "no provider"
+    answering = turn.trail.answering
+    return f"provider {answering.provider}" if answering else "no provider"
 
 
 def _told(failure: ProviderError) -> RequestError:

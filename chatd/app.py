@@ -17,7 +17,7 @@ from tornado.web import Application, RequestHandler
 import chatd
 from chatd import logs, openapi
 from chatd.access import Access
-from chatd.config import Config, ConfigFile, Offers, Use
+from chatd.config import Ask, Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
 from chatd.handlers import chat, docs, health, openai, sessions, turns
@@ -120,20 +120,27 @@ async def open_providers(
 
 def route_models(config: Config, providers: dict[str, Provider]) -> Router:
     """The router for the configuration's `models`, without providers that are not enabled."""
+
+    def target(ask: Ask) -> Target:
+        settings = config.providers[ask.provider]
+        return Target(
+            name=ask.provider,
+            provider=providers[ask.provider],
+            timeouts=settings.timeouts,
+            model=ask.model,
+            use=settings.use.name,
+            weight=ask.weight,
+            retries=settings.retries,
+            breaker=settings.breaker,
+            prices=settings.prices,
+        )
+
     return Router(
         [
             Rule(
                 rule.match,
-                tuple(
-                    Target(
-                        ask.provider,
-                        providers[ask.provider],
-                        config.providers[ask.provider].timeouts,
-                        ask.model,
-                    )
-                    for ask in rule.ask
-                    if ask.provider in providers
-                ),
+                tuple(target(ask) for ask in rule.ask if ask.provider in providers),
+                rule.hedge,
             )
             for rule in config.models
         ]

@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 from dotenv import load_dotenv
 
+from chatd.breaker import BreakerSettings
 from chatd.errors import ConfigError
-from chatd.provider import Timeouts
+from chatd.prices import Price
+from chatd.provider import Retries, Timeouts
 from chatd.validation import MAX_DEPTH, Path, Schema, did_you_mean, schema
 
 _REFERENCE = re.compile(
@@ -22,6 +24,9 @@ _REFERENCE = re.compile(
 )
 MAX_VALUES = 100_000
 """Values that a configuration may hold."""
+
+_OF_PROVIDERS = {"enabled", "timeouts", "retries", "breaker", "prices"}
+"""What is set for a provider whatever its plugin; the rest is the plugin's."""
 
 _TYPED = ("int", "float", "bool", "null", "str")
 
@@ -54,23 +59,34 @@ class ProviderConfig:
     """A named provider."""
 
     use: Use
-    timeouts: Timeouts
+    timeouts: Timeouts = Timeouts()
+    retries: Retries = Retries()
+    breaker: BreakerSettings = BreakerSettings()
+    prices: tuple[Price, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One provider of a chain, and its own name for the model (`None`: the chatbot's)."""
+    """One provider of a chain, and its own name for the model (`None`: the chatbot's).
+
+    Of those with a `weight`, each session has one that is asked first.
+    """
 
     provider: str
     model: str | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRule:
-    """Which providers answer the models that match a pattern (`*` and `?`), in order."""
+    """Which providers answer the models that match a pattern (`*` and `?`), in order.
+
+    :param hedge: whether the next one is asked as well when the first token is late.
+    """
 
     match: str
     ask: tuple[Ask, ...]
+    hedge: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,9 +316,7 @@ class ConfigFile:
         self._use_faults(faults, offers, "storage", ("storage",), set())
         for name in self._part("providers"):
             if self._part("providers", name).get("enabled", True):
-                self._use_faults(
-                    faults, offers, "provider", ("providers", name), {"enabled", "timeouts"}
-                )
+                self._use_faults(faults, offers, "provider", ("providers", name), _OF_PROVIDERS)
         interceptors = self.values.get("interceptors") if isinstance(self.values, dict) else None
         for i in range(len(interceptors) if isinstance(interceptors, list) else 0):
             self._use_faults(faults, offers, "interceptor", ("interceptors", i), set())
@@ -363,8 +377,11 @@ def _build(values: Mapping[str, Any]) -> Config:
         server["allowed_origins"] = tuple(server["allowed_origins"])
     providers = {
         name: ProviderConfig(
-            Use(part["use"], _settings(part, {"enabled", "timeouts"})),
+            Use(part["use"], _settings(part, _OF_PROVIDERS)),
             Timeouts(**part.get("timeouts", {})),
+            Retries(**part.get("retries", {})),
+            BreakerSettings(**part.get("breaker", {})),
+            tuple(Price(**price) for price in part.get("prices", ())),
         )
         for name, part in values["providers"].items()
         if part.get("enabled", True)
@@ -378,6 +395,7 @@ def _build(values: Mapping[str, Any]) -> Config:
             ModelRule(
                 rule["match"],
                 tuple(Ask(a) if isinstance(a, str) else Ask(**a) for a in rule["ask"]),
+                rule.get("hedge", False),
             )
             for rule in values["models"]
         ),

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 CHARS_PER_TOKEN = 4
@@ -29,6 +30,16 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Channel = Literal["api", "widget"]
 OnDisconnect = Literal["finish", "stop"]
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether `text` fits a pattern, in which `*` is any text and `?` any one character."""
+    return _compiled(pattern).fullmatch(text) is not None
+
+
+@lru_cache(1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), re.DOTALL)
 
 
 def new_id() -> str:

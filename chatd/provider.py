@@ -37,6 +37,24 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
+class Retries:
+    """How often and when a provider is asked again, before the first visible token only.
+
+    :param attempts: requests to it in one turn, the first included.
+    :param base: seconds; the pause before the n-th repetition is drawn from 0 to `base * 2**n`
+        (exponential backoff with full jitter).
+    :param most: the longest pause that is drawn, in seconds.
+    :param patience: the longest `Retry-After` that is waited for while another provider could be
+        asked instead, in seconds. With nobody else it is the turn's deadline.
+    """
+
+    attempts: int = 3
+    base: float = 0.5
+    most: float = 8
+    patience: float = 2
+
+
+@dataclass(frozen=True, slots=True)
 class ProviderRequest:
     """What a model is asked. `parameters` go into the request as they are, where a provider can.
 

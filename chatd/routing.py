@@ -1,66 +1,110 @@
-"""Who answers: from a chatbot's model to providers in order, with deadlines for all of them."""
+"""Who answers: from a chatbot's model to providers in order, with retries and deadlines for all."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-import re
+import math
+import random
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
 from chatd import logs
-from chatd.domain import Usage
+from chatd.breaker import Breaker, BreakerSettings, BreakerState, Ticket
+from chatd.domain import Message, Usage, matches
 from chatd.errors import InvalidRequest, ProviderError, ProviderErrorKind
+from chatd.prices import Price, priced
 from chatd.provider import (
     Event,
     Finish,
+    GenerationId,
     Provider,
     ProviderRequest,
+    ReasoningDelta,
+    Retries,
     TextDelta,
     Timeouts,
-    ToolCallDelta,
     UsageReport,
     checked,
     needs,
     takes,
 )
+from chatd.racing import VISIBLE, Racer, first_to_begin
+from chatd.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-_SAME_EVERYWHERE = {
-    ProviderErrorKind.CONTEXT_LENGTH,
-    ProviderErrorKind.MODERATION,
-}
+_Kind = ProviderErrorKind
+
+_SAME_EVERYWHERE = {_Kind.CONTEXT_LENGTH, _Kind.MODERATION}
 """Failures of what was said: another provider is not bothered with it."""
+
+_OF_THE_REQUEST = {*_SAME_EVERYWHERE, _Kind.INVALID_REQUEST}
+"""Failures that say nothing of the provider's health."""
+
+MAX_PAIRS = 1000
+"""Providers with a model of which something is known; the oldest is forgotten first."""
+
+CLOSE_SECONDS = 1.0
+"""How long a provider may take to let go of an answer that is over."""
+
+HEDGE_SAMPLES = 20
+"""How many first tokens must have been timed before one can be called late."""
+
+MAX_SAMPLES = 200
+"""How many of the last first tokens count as usual."""
+
+HEDGE_QUANTILE = 0.95
+"""The share of first tokens that come sooner than a late one."""
+
+TOKENS = (*VISIBLE, ReasoningDelta)
+"""What shows that the model works; nothing else puts off a timeout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One provider to ask; `model` is its own name for the model, `None` the chatbot's."""
+    """One provider to ask, by its name in the configuration.
+
+    :param model: its own name for the model, `None` the chatbot's.
+    :param use: the name that its plugin offers it under.
+    :param weight: its share of the sessions that go to a target with a weight first.
+    """
 
     name: str
     provider: Provider
     timeouts: Timeouts
     model: str | None = None
+    use: str = ""
+    weight: float | None = None
+    retries: Retries = Retries()
+    breaker: BreakerSettings = BreakerSettings()
+    prices: tuple[Price, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The chain for models that match a pattern, in which `*` is any text and `?` a character."""
+    """The chain for models that match a pattern, in which `*` is any text and `?` a character.
+
+    :param hedge: whether the next in the chain is asked as well once the first token is late.
+    """
 
     match: str
     chain: tuple[Target, ...]
+    hedge: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Attempt:
     """One request to one provider, kept with the turn.
 
-    `reached_model` says that a model may have worked on it, so that it may be billed.
+    `reached_model` says that a model may have worked on it, so that it may be billed. `generation`
+    asks the provider what it took, where it can say that afterwards.
     """
 
     provider: str
@@ -69,23 +113,59 @@ class Attempt:
     reached_model: bool = False
     usage: Usage | None = None
     ms: int = 0
+    answered_by: str | None = None
+    """The model that answered, by the provider's word."""
+    lost: bool = False
+    """Whether another was quicker, and this one was hung up on."""
+    prices: tuple[Price, ...] = ()
+    generation: Callable[[], Awaitable[Usage | None]] | None = field(default=None, repr=False)
 
     def fail(self, kind: ProviderErrorKind, *, reached_model: bool) -> None:
         """Records how the attempt failed."""
         self.error = kind
         self.reached_model = self.reached_model or reached_model
 
+    def priced(self, usage: Usage) -> Usage:
+        """`usage` with its cost, where only the configuration knows the price."""
+        return priced(usage, (self.answered_by, self.model), self.prices)
+
     def to_json(self) -> dict[str, Any]:
         """As it is stored."""
-        return {"provider": self.provider, "model": self.model, "error": self.error, "ms": self.ms}
+        told = {"provider": self.provider, "model": self.model, "error": self.error, "ms": self.ms}
+        return {**told, "lost": True} if self.lost else told
 
 
-def total_usage(attempts: Sequence[Attempt]) -> Usage | None:
-    """What all attempts took together; `None` when no provider told of any."""
-    reports = [attempt.usage for attempt in attempts if attempt.usage is not None]
-    if len(reports) < 2:
-        return reports[0] if reports else None
-    return Usage(*(_sum(getattr(r, f.name) for r in reports) for f in fields(Usage)))
+@dataclass(slots=True)
+class Trail:
+    """What becomes of a turn on its way through the providers.
+
+    :param deadline: on the event loop's clock; no pause goes beyond it.
+    :param new_messages: how many messages at the end of the request are not history.
+    """
+
+    deadline: float = math.inf
+    new_messages: int = 1
+    attempts: list[Attempt] = field(default_factory=list)
+    side: str | None = None
+    """What splitting the traffic chose, as provider/model; None where nothing is split."""
+    shortened: bool = False
+    """Whether history was left out because the model found it too long."""
+
+    @property
+    def answering(self) -> Attempt | None:
+        """Who answered, or was asked last."""
+        for attempt in reversed(self.attempts):
+            if not attempt.lost:
+                return attempt
+        return None
+
+    @property
+    def usage(self) -> Usage | None:
+        """What all attempts took together; `None` when no provider told of any."""
+        reports = [attempt.usage for attempt in self.attempts if attempt.usage is not None]
+        if len(reports) < 2:
+            return reports[0] if reports else None
+        return Usage(*(_sum(getattr(r, f.name) for r in reports) for f in fields(Usage)))
 
 
 def _sum(values: Iterable[Any]) -> Any:
@@ -93,19 +173,38 @@ def _sum(values: Iterable[Any]) -> Any:
     return sum(known) if known else None
 
 
+@dataclass(slots=True)
+class _Pair:
+    """What is known of a provider with a model."""
+
+    breaker: Breaker
+    first_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
+
+    def late_after(self) -> float | None:
+        """Seconds after which a first token is later than usual; None while that is not known."""
+        if len(self.first_tokens) < HEDGE_SAMPLES:
+            return None
+        return sorted(self.first_tokens)[math.ceil(len(self.first_tokens) * HEDGE_QUANTILE) - 1]
+
+
 class Router:
     """Asks the providers that a model leads to, one after the other."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        self._rules = [(_pattern(rule.match), rule.chain) for rule in rules if rule.chain]
-        self.chain = lru_cache(1024)(self._chain)
+        self._rules = [rule for rule in rules if rule.chain]
+        self._pairs: dict[tuple[str, str], _Pair] = {}
+        self.rule = lru_cache(1024)(self._rule)
 
-    def _chain(self, model: str) -> tuple[Target, ...]:
+    def _rule(self, model: str) -> Rule:
+        """The first rule that matches `model`; one without a chain when none does."""
+        for rule in self._rules:
+            if matches(rule.match, model):
+                return rule
+        return Rule(model, ())
+
+    def chain(self, model: str) -> tuple[Target, ...]:
         """The providers for `model`, in order; empty when no rule matches."""
-        for pattern, chain in self._rules:
-            if pattern.fullmatch(model):
-                return chain
-        return ()
+        return self.rule(model).chain
 
     def takers(self, model: str, needed: frozenset[str]) -> tuple[Target, ...]:
         """The providers for `model` that take what is needed; empty when no rule matches.
@@ -119,110 +218,297 @@ class Router:
             raise InvalidRequest(f"No provider of this chatbot's model takes {what}.")
         return able
 
-    async def stream(
-        self, request: ProviderRequest, attempts: list[Attempt]
-    ) -> AsyncGenerator[Event, None]:
+    def states(self) -> dict[tuple[str, str], BreakerState]:
+        """The breaker of each provider and model that was asked."""
+        return {pair: known.breaker.state for pair, known in self._pairs.items()}
+
+    async def stream(self, request: ProviderRequest, trail: Trail) -> AsyncGenerator[Event, None]:
         """The events of the first provider that answers, ending in `Finish`.
 
-        Every attempt is appended to `attempts`, so the last one is who answered. Raises the
-        last `ProviderError`; after the first text nothing else is tried. Raises `InvalidRequest`
-        as `takers` does.
+        Every attempt is appended to `trail.attempts`. Raises the last `ProviderError`; after the
+        first visible token nothing else is tried. Raises `InvalidRequest` as `takers` does.
         """
         chain = self.takers(request.model, needs(request.messages, request.parameters))
         if not chain:
             raise ProviderError(
-                ProviderErrorKind.INVALID_REQUEST,
+                _Kind.INVALID_REQUEST,
                 f'no rule under models leads "{request.model}" to a provider that is enabled',
                 retryable=False,
             )
-        failure: ProviderError | None = None
-        for target in chain:
-            attempt = Attempt(target.name, target.model or request.model)
-            attempts.append(attempt)
-            began, said = time.monotonic(), False
-            try:
-                last = target is chain[-1]
-                async with aclosing(_ask(target, request, attempt.model, last=last)) as events:
-                    async for event in events:
-                        if isinstance(event, TextDelta | ToolCallDelta):
-                            said = True
-                        elif isinstance(event, UsageReport):
-                            attempt.usage = event.usage
-                        attempt.reached_model = True
-                        yield event
-                return
-            except ProviderError as error:
-                failure = error
-                attempt.fail(error.kind, reached_model=error.reached_model)
-                log.warning(
-                    "provider %s failed with %s for model %s: %s",
-                    target.name,
-                    error.kind,
-                    attempt.model,
-                    error.detail,
-                )
-                if said or error.kind in _SAME_EVERYWHERE:
-                    raise
-            finally:
-                attempt.ms = round((time.monotonic() - began) * 1000)
+        chain, trail.side = _split(chain, request)
+        chain = self._without_dead(chain, request.model)
+        said, failure = False, None
+        for place, target in enumerate(chain):
+            others, count = chain[place + 1 :], 0
+            while (ticket := self._ticket(target, request.model, failure, others)) is not None:
+                count += 1
+                try:
+                    asked = self._ask(request, trail, target, ticket, others)
+                    async with aclosing(asked) as events:
+                        async for event in events:
+                            if not said and isinstance(event, VISIBLE):
+                                said = True
+                            yield event
+                    return
+                except ProviderError as error:
+                    failure = error
+                if said:
+                    raise failure
+                if (shorter := _shorter(request.messages, trail, failure)) is not None:
+                    trail.shortened = True
+                    request = replace(request, messages=shorter)
+                    continue
+                if failure.kind in _SAME_EVERYWHERE:
+                    raise failure
+                pause = _pause(target.retries, failure, count, bool(others), trail.deadline)
+                if pause is None:
+                    break
+                await asyncio.sleep(pause)
         assert failure is not None
         raise failure
 
+    def _pair(self, target: Target, model: str) -> _Pair:
+        key = (target.name, target.model or model)
+        if (pair := self._pairs.get(key)) is None:
+            if len(self._pairs) >= MAX_PAIRS:
+                self._pairs.pop(next(iter(self._pairs)))
+            pair = self._pairs[key] = _Pair(Breaker(target.breaker))
+        return pair
 
-CLOSE_SECONDS = 1.0
-"""How long a provider may take to let go of an answer that is over."""
+    def _without_dead(self, chain: tuple[Target, ...], model: str) -> tuple[Target, ...]:
+        """The chain; when all of it is left alone, only who failed least recently."""
+        breakers = [self._pair(target, model).breaker for target in chain]
+        if any(breaker.lets for breaker in breakers):
+            return chain
+        return (min(zip(breakers, chain, strict=True), key=lambda pair: pair[0].failed_at)[1],)
+
+    def _ticket(
+        self, target: Target, model: str, failure: ProviderError | None, others: Sequence[Target]
+    ) -> Ticket | None:
+        """Leave to ask a target; also one that is left alone, when nobody was asked or will be."""
+        breaker = self._pair(target, model).breaker
+        return breaker.ask() or (None if failure or others else breaker.force())
+
+    def _ask(
+        self,
+        request: ProviderRequest,
+        trail: Trail,
+        target: Target,
+        ticket: Ticket,
+        others: Sequence[Target],
+    ) -> AsyncGenerator[Event, None]:
+        """One attempt, or two that race where hedging is on and it is known what is late."""
+        attempt = self._attempt(target, request, trail)
+        asked = self._events(request, trail, target, attempt, ticket, last=not others)
+        if others and self.rule(request.model).hedge:
+            late = self._pair(target, request.model).late_after()
+            if late is not None:
+                return self._raced(request, trail, (attempt, asked), others, late)
+        return asked
+
+    def _attempt(self, target: Target, request: ProviderRequest, trail: Trail) -> Attempt:
+        attempt = Attempt(target.name, target.model or request.model, prices=target.prices)
+        trail.attempts.append(attempt)
+        return attempt
+
+    async def _raced(
+        self,
+        request: ProviderRequest,
+        trail: Trail,
+        first: tuple[Attempt, AsyncGenerator[Event, None]],
+        others: Sequence[Target],
+        late: float,
+    ) -> AsyncGenerator[Event, None]:
+        """The events of who says something first: the one asked, or once it is late the next."""
+        racers = [Racer(*first)]
+        try:
+            await asyncio.wait([racers[0].begun], timeout=late)
+            if not racers[0].begun.done():
+                for target in others:
+                    pair = self._pair(target, request.model)
+                    if (ticket := pair.breaker.ask()) is not None:
+                        attempt = self._attempt(target, request, trail)
+                        asked = self._events(request, trail, target, attempt, ticket, last=True)
+                        racers.append(Racer(attempt, asked))
+                        break
+            winner = await first_to_begin(racers)
+            for racer in racers:
+                if racer is not winner:
+                    racer.lose()
+            async for event in winner.events():
+                yield event
+        finally:
+            for racer in racers:
+                racer.cancel()
+
+    async def _events(
+        self,
+        request: ProviderRequest,
+        trail: Trail,
+        target: Target,
+        attempt: Attempt,
+        ticket: Ticket,
+        *,
+        last: bool,
+    ) -> AsyncGenerator[Event, None]:
+        """One attempt, held to the contract: text, one end, in time, no foreign exception."""
+        timeouts = target.timeouts
+        # A plain answer comes whole, within the turn's deadline; the next in the chain needs some.
+        limit = timeouts.first_token if request.stream or not last else math.inf
+        began = time.monotonic()
+        said, events = False, None
+        watchdog = Watchdog()
+        due = watchdog.in_seconds(limit)
+        try:
+            options = request.options.get(target.use) or {}
+            asked = replace(request, model=attempt.model, timeouts=timeouts, options=options)
+            events = target.provider.stream(asked)
+            while True:
+                watchdog.watch(due)
+                event = checked(await anext(events))
+                watchdog.rest()
+                attempt.reached_model = True
+                if not isinstance(event, VISIBLE):
+                    _note(target, attempt, event, said)
+                elif isinstance(event, TextDelta) and not event.text:
+                    continue
+                elif not said:
+                    said = True
+                    self._began(target, attempt, ticket, time.monotonic() - began)
+                yield event
+                if isinstance(event, Finish):
+                    return
+                if isinstance(event, TOKENS) and request.stream:
+                    due = watchdog.in_seconds(timeouts.idle)
+        except BaseException as raised:
+            failure = _understood(target, raised, watchdog)
+            if isinstance(failure, asyncio.CancelledError) and watchdog.is_past(trail.deadline):
+                late = ProviderError(_Kind.TIMEOUT, "the turn's deadline", reached_model=True)
+                self._failed(target, attempt, ticket, late)
+            if isinstance(failure, ProviderError):
+                self._failed(target, attempt, ticket, failure)
+            raise failure from None
+        finally:
+            watchdog.close()
+            ticket.dropped()
+            attempt.ms = round((time.monotonic() - began) * 1000)
+            if attempt.usage is not None:
+                attempt.usage = attempt.priced(attempt.usage)
+            if events is not None:
+                await _close(target, events)
+
+    def _began(self, target: Target, attempt: Attempt, ticket: Ticket, seconds: float) -> None:
+        self._pair(target, attempt.model).first_tokens.append(seconds)
+        if ticket.succeeded():
+            log.warning("provider %s answers again for model %s", target.name, attempt.model)
+
+    def _failed(
+        self, target: Target, attempt: Attempt, ticket: Ticket, error: ProviderError
+    ) -> None:
+        attempt.fail(error.kind, reached_model=error.reached_model)
+        log.warning(
+            "provider %s failed with %s for model %s: %s",
+            target.name,
+            error.kind,
+            attempt.model,
+            error.detail,
+        )
+        if error.kind not in _OF_THE_REQUEST and ticket.failed():
+            log.error(
+                "provider %s fails too often for model %s: it is left alone for %g s",
+                target.name,
+                attempt.model,
+                target.breaker.open_seconds,
+            )
 
 
-async def _ask(
-    target: Target, request: ProviderRequest, model: str, *, last: bool
-) -> AsyncGenerator[Event, None]:
-    """One attempt, held to the contract: text, one end, in time, no foreign exception."""
-    timeouts = target.timeouts
-    # A plain answer comes whole, within the turn's deadline; the next in the chain needs some of it.
-    limit = timeouts.first_token if request.stream or not last else None
-    said, events = False, None
-    try:
-        while True:
-            try:
-                if events is None:
-                    asked = replace(request, model=model, timeouts=timeouts)
-                    events = target.provider.stream(asked)
-                event = await _next(events, limit)
-            except ProviderError:
-                raise
-            except BaseException as error:
-                raise _failure(target, error) from None
-            if isinstance(event, Finish) and not said:
-                raise ProviderError(
-                    ProviderErrorKind.EMPTY, "an answer without text", reached_model=True
-                )
-            yield event
-            if isinstance(event, Finish):
-                return
-            if isinstance(event, ToolCallDelta) or (isinstance(event, TextDelta) and event.text):
-                said = True
-            limit = timeouts.idle if request.stream else limit
-    finally:
-        if events is not None:
-            await _close(target, events)
+def _split(
+    chain: tuple[Target, ...], request: ProviderRequest
+) -> tuple[tuple[Target, ...], str | None]:
+    """The chain with the session's side first, and the side's name; a session keeps its side."""
+    weighted = [target for target in chain if target.weight]
+    if len(weighted) < 2:
+        return chain, None
+    session = request.session_id or str(random.random())
+    digest = hashlib.sha256(f"{request.model}\n{session}".encode()).digest()
+    place = int.from_bytes(digest[:8]) / 2**64 * sum(target.weight or 0 for target in weighted)
+    chosen = weighted[-1]
+    for target in weighted:
+        place -= target.weight or 0
+        if place < 0:
+            chosen = target
+            break
+    rest = (target for target in chain if target is not chosen)
+    return (chosen, *rest), f"{chosen.name}/{chosen.model or request.model}"
 
 
-async def _next(events: AsyncGenerator[Event, None], limit: float | None) -> Event:
-    """The next event. Raises `ProviderError` when none comes in `limit` seconds, or none at all."""
-    scope = asyncio.timeout(limit)
-    try:
-        async with scope:
-            return checked(await anext(events))
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        raise ProviderError(
-            ProviderErrorKind.TIMEOUT, f"nothing came for {limit:g} s", reached_model=True
-        ) from None
-    except StopAsyncIteration:
-        raise ProviderError(
-            ProviderErrorKind.INCOMPLETE, "the answer stopped without an end", reached_model=True
-        ) from None
+def _pause(
+    retries: Retries, failure: ProviderError, count: int, others: bool, deadline: float
+) -> float | None:
+    """How long to wait before the same provider is asked again; None when it is not."""
+    if count >= retries.attempts or not failure.retryable:
+        return None
+    if failure.kind is _Kind.TIMEOUT and failure.status is None:
+        # It took its time already.
+        return None
+    pause = random.uniform(0, min(retries.most, retries.base * 2 ** (count - 1)))
+    hint = failure.retry_after
+    if hint is not None and 0 < hint < math.inf:
+        if others and hint > retries.patience:
+            return None
+        pause += hint
+    if asyncio.get_running_loop().time() + pause >= deadline:
+        return None
+    return pause
+
+
+def _note(target: Target, attempt: Attempt, event: Event, said: bool) -> None:
+    """Records what a provider tells beside the answer. Raises `ProviderError` for an empty one."""
+    match event:
+        case GenerationId(id):
+            if (ask := getattr(target.provider, "generation", None)) is not None:
+                attempt.generation = lambda: ask(id)
+        case UsageReport(usage):
+            attempt.usage = usage
+        case Finish(_, model):
+            attempt.answered_by = model
+            if not said:
+                raise ProviderError(_Kind.EMPTY, "an answer without text", reached_model=True)
+
+
+def _shorter(
+    messages: Sequence[Message], trail: Trail, failure: ProviderError
+) -> Sequence[Message] | None:
+    """`messages` without the older half of the history, in whole turns, for a model's context.
+
+    None where that was not the failure, where it was done already, and without a history.
+    """
+    if failure.kind is not _Kind.CONTEXT_LENGTH or trail.shortened:
+        return None
+    start, new = 0, trail.new_messages
+    while start < len(messages) and messages[start].role in ("system", "developer"):
+        start += 1
+    end = max(start, len(messages) - new)
+    half = sum(message.cost_chars for message in messages[start:end]) / 2
+    place, dropped = start, 0
+    while place < end and (dropped < half or messages[place].role != "user"):
+        dropped += messages[place].cost_chars
+        place += 1
+    return [*messages[:start], *messages[place:]] if place > start else None
+
+
+def _understood(target: Target, raised: BaseException, watchdog: Watchdog) -> BaseException:
+    """What ended an attempt, as a `ProviderError` where it is the provider's doing."""
+    if watchdog.fired():
+        seconds = watchdog.seconds
+        return ProviderError(_Kind.TIMEOUT, f"nothing came for {seconds:g} s", reached_model=True)
+    if isinstance(raised, ProviderError) or not watchdog.is_waiting:
+        return raised
+    if isinstance(raised, StopAsyncIteration):
+        return ProviderError(
+            _Kind.INCOMPLETE, "the answer stopped without an end", reached_model=True
+        )
+    return _failure(target, raised)
 
 
 def _failure(target: Target, error: BaseException) -> BaseException:
@@ -232,7 +518,7 @@ def _failure(target: Target, error: BaseException) -> BaseException:
         return error
     log.error("provider %s raised %s", target.name, logs.trace(error))
     return ProviderError(
-        ProviderErrorKind.PROTOCOL, f"{type(error).__name__} in the plugin", reached_model=True
+        _Kind.PROTOCOL, f"{type(error).__name__} in the plugin", reached_model=True
     )
 
 
@@ -245,7 +531,3 @@ async def _close(target: Target, events: AsyncGenerator[Event, None]) -> None:
         failure = _failure(target, error)
         if failure is error:
             raise
-
-
-def _pattern(match: str) -> re.Pattern[str]:
-    return re.compile(re.escape(match).replace(r"\*", ".*").replace(r"\?", "."), re.DOTALL)

@@ -22,7 +22,7 @@ from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, 
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.provider import Event, ProviderRequest, Timeouts, needs
 from chatd.reply import Reply, TurnResult, shown_reason
-from chatd.routing import Router, total_usage
+from chatd.routing import Router, Trail
 from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Renewed, Storage, TurnRecord
 
 log = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ class Turns:
         if isinstance(begun, ExistingTurn):
             return begun.turn
         asked = (*system, *said.without(begun.history), *said.given)
+        deadline = accepted + self.timeouts(chatbot).of(stream)
         request = ProviderRequest(
             model=chatbot.model,
             messages=asked,
@@ -187,9 +188,9 @@ class Turns:
             history_truncated=begun.history_truncated,
             # Images and tools are counted by no known measure.
             prompt_chars=0 if said.needed else sum(len(message.content) for message in asked),
+            trail=Trail(deadline, len(said.given)),
         )
         self._running[turn.id] = turn
-        deadline = accepted + self.timeouts(chatbot).of(stream)
         turn.task = self._books.spawn(self._run(turn, request, deadline))
         return turn
 
@@ -383,10 +384,10 @@ class Turns:
     def _events(self, turn: RunningTurn, request: ProviderRequest) -> AsyncGenerator[Event, None]:
         """The events of the turn, through the interceptors in their order."""
         if not self._interceptors:
-            return self._router.stream(request, turn.attempts)
+            return self._router.stream(request, turn.trail)
 
         def ask(context: TurnContext) -> AsyncGenerator[Event, None]:
-            return self._router.stream(replace(request, messages=context.messages), turn.attempts)
+            return self._router.stream(replace(request, messages=context.messages), turn.trail)
 
         proceed: Proceed = ask
         for name, interceptor in reversed(self._interceptors):
@@ -397,13 +398,15 @@ class Turns:
     async def _end(self, turn: RunningTurn, status: TurnStatus, error: RequestError | None) -> None:
         """Stores how a turn ended, and tells who waits for it."""
         text = turn.reply.text
-        answered = turn.attempts[-1] if turn.attempts else None
+        trail = turn.trail
+        answered = trail.answering
         model = turn.finish.model if turn.finish else None
         if model is None and answered is not None:
             model = answered.model
         model = model and storable(model)
         finish_reason = turn.finish.reason if turn.finish else None
-        usage = total_usage(turn.attempts) or turn.usage
+        usage = trail.usage or turn.usage
+        truncated = turn.history_truncated or trail.shortened
         finish = FinishTurn(
             turn_id=turn.id,
             run=turn.reply.run,
@@ -416,8 +419,8 @@ class Turns:
             usage=usage,
             attempts=turn.attempts_json(),
             rerunnable=status is TurnStatus.FAILED
-            and not any(attempt.reached_model for attempt in turn.attempts),
-            history_truncated=turn.history_truncated,
+            and not any(attempt.reached_model for attempt in trail.attempts),
+            history_truncated=truncated,
         )
         stored = False
         try:
@@ -432,7 +435,7 @@ class Turns:
                     model=model,
                     usage=usage,
                     finish_reason=shown_reason(finish_reason, status, text),
-                    history_truncated=turn.history_truncated,
+                    history_truncated=truncated,
                     stored=stored,
                     error=error,
                 )
@@ -441,7 +444,7 @@ class Turns:
 
     def _learn(self, turn: RunningTurn, usage: Usage) -> None:
         """Lets what a provider counted of the prompt mend the estimate of a token's characters."""
-        if len(turn.attempts) == 1 and usage.input_tokens and turn.prompt_chars:
+        if len(turn.trail.attempts) == 1 and usage.input_tokens and turn.prompt_chars:
             counted = min(max(turn.prompt_chars / usage.input_tokens, 1.0), 8.0)
             model = turn.chatbot.model
             known = self._chars_per_token.get(model, float(CHARS_PER_TOKEN))

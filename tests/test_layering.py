@@ -7,10 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"domain", "errors", "sse", "logs"},
+    {"domain", "errors", "sse", "logs", "watchdog"},
     {"validation", "schemas"},
-    {"storage", "provider"},
-    {"interceptor", "reply"},
+    {"storage", "provider", "breaker", "prices"},
+    {"interceptor", "reply", "racing"},
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
@@ -33,6 +33,7 @@ DOMAIN = {
     "storage",
     "provider",
     "interceptor",
+    "breaker",
     "routing",
     "answering",
     "bookkeeping",

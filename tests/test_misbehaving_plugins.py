@@ -202,4 +202,4 @@ async def test_what_failed_attempts_cost_is_counted_too(serve: Serve, tmp_path: 
     served = await serve(plugin(tmp_path, body))
     bot = await served.add_bot(model="chain/model")
     answer = await served.chat(bot, await served.session(bot), "hi")
-    assert answer.json["usage"] == {"input_tokens": 7, "output_tokens": None, "cost_usd": 0.5}
+    assert answer.json["usage"] == {"input_tokens": 21, "output_tokens": None, "cost_usd": 1.5}

@@ -1,0 +1,88 @@
+"""A limit on many short waits, one after the other, at the cost of one timer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+
+class Watchdog:
+    """Cancels a task whose wait takes too long, as `asyncio.timeout` does.
+
+    That makes and drops a timer for each wait; this one lets its timer run and, when it goes off
+    early, sets it anew. A wait is what lies between `watch` and `rest`. One of it at a time.
+    """
+
+    __slots__ = (
+        "_cancelling",
+        "_due",
+        "_fired",
+        "_loop",
+        "_task",
+        "_timer",
+        "is_waiting",
+        "seconds",
+    )
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._due = math.inf
+        self._cancelling = 0
+        self._fired = False
+        self.is_waiting = False
+        """Whether a wait began and did not end."""
+        self.seconds = math.inf
+        """What `in_seconds` was called with last."""
+
+    def in_seconds(self, seconds: float) -> float:
+        """So many seconds from now, on the event loop's clock."""
+        self.seconds = seconds
+        return self._loop.time() + seconds
+
+    def is_past(self, due: float) -> bool:
+        """Whether that time has come."""
+        return self._loop.time() >= due
+
+    def watch(self, due: float) -> None:
+        """Begins a wait of the current task, which is cancelled at `due`."""
+        self._task = asyncio.current_task(self._loop)
+        self._due = due
+        self.is_waiting = True
+        if due < math.inf and (self._timer is None or due < self._timer.when()):
+            self.close()
+            self._timer = self._loop.call_at(due, self._check)
+
+    def rest(self) -> None:
+        """Ends the wait. Raises `TimeoutError` when it was cancelled and went on all the same."""
+        if self._fired:
+            raise TimeoutError
+        self.is_waiting = False
+
+    def fired(self) -> bool:
+        """Whether the wait was cancelled for its length, and for nothing else meanwhile.
+
+        Takes that cancellation back; to be asked once, for what came out of the wait.
+        """
+        if not self._fired or self._task is None:
+            return False
+        self._fired = False
+        return self._task.uncancel() <= self._cancelling
+
+    def close(self) -> None:
+        """Lets go of the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check(self) -> None:
+        self._timer = None
+        if not self.is_waiting or self._task is None or self._fired:
+            return
+        if self._loop.time() < self._due:
+            self._timer = self._loop.call_at(self._due, self._check)
+            return
+        self._fired = True
+        self._cancelling = self._task.cancelling()
+        self._task.cancel()
