@@ -129,11 +129,7 @@ class Chat:
 
     async def turn(self) -> TurnRecord:
         """The last turn, as it is stored."""
-        storage = self.served.runtime.services.storage
-        page = await storage.list_messages(self.session, self.bot.id, limit=1000)
-        turn = await storage.get_turn(page.data[-1].turn_id or "", self.bot.id)
-        assert turn is not None
-        return turn
+        return await self.served.last_turn(self.bot, self.session)
 
 
 Open = Callable[..., Awaitable[Chat]]
