@@ -422,6 +422,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("plugin", "fault"), [pytest.param(p, f, id=f"{p}-{f.__name__}") for p, f in FAULTS]
 )
