@@ -23,7 +23,7 @@ from chatd.handlers.problems import (
 from chatd.validation import schema
 
 _EVERYWHERE = (MalformedRequest, BodyTooLarge, HeadersTooLarge, RequestError)
-_WITH_BODY = (NotAcceptable, UnsupportedMediaType, InvalidRequest)
+_WITH_BODY = (UnsupportedMediaType, InvalidRequest)
 _REQUEST_ID = {
     "X-Request-Id": {
         "description": "The request's id, the caller's own if it sent one.",
@@ -91,6 +91,8 @@ def build(routes: Iterable[Route], version: str) -> dict[str, Any]:
 
 def _operation(route: Route, method: str, operation: Operation) -> dict[str, Any]:
     errors = [*_EVERYWHERE, *(_WITH_BODY if operation.request else ()), *operation.errors]
+    if operation.response or operation.events:
+        errors.append(NotAcceptable)
     entry: dict[str, Any] = {
         "operationId": f"{method.lower()}{route.path.title().replace('/', '')}",
         "summary": operation.summary,

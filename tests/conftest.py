@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,6 +14,30 @@ from tests.postgres import Supabase
 from tests.support import ECHO_CONFIG, Served, open_served
 
 Serve = Callable[[str], Awaitable[Served]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--phase",
+        choices=["together", "alone"],
+        help="only the tests that share the machine, or only those marked `alone`",
+    )
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The tests wait about as long as they compute. The longest of them bounds what more brings."""
+    return min(2 * (os.cpu_count() or 1), 8)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests of the other phase."""
+    if phase := config.getoption("--phase"):
+        parts: dict[str, list[pytest.Item]] = {"together": [], "alone": []}
+        for item in items:
+            parts["alone" if item.get_closest_marker("alone") else "together"].append(item)
+        items[:] = parts.pop(phase)
+        (left_out,) = parts.values()
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +65,10 @@ def serve(io_loop: IOLoop, tmp_path: Path, storage_config: str) -> Iterator[Serv
         return await open_served(path, stack)
 
     yield start
-    io_loop.run_sync(stack.aclose, timeout=30)
+    # What the test left to be stored is not waited for as long as a server would.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chatd.turns.STORE_SECONDS", 0.1)
+        io_loop.run_sync(stack.aclose, timeout=30)
 
 
 @pytest.fixture

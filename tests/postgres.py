@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -47,10 +48,16 @@ def jwt(role: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nothing listens on just now."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """A port that nothing listens on just now.
+
+    It is below those that the system gives to clients (32768 and more on Linux), so that none of
+    them has it when a server that was stopped starts again.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 def children(parent: int) -> list[int]:
@@ -93,7 +100,7 @@ class Postgres:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert result.returncode == 0, result.stdout
@@ -137,7 +144,7 @@ class Postgres:
                 input=script,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=300,
                 check=False,
             )
             assert result.returncode == 0, result.stderr
@@ -187,7 +194,7 @@ class PostgREST:
 
     def wait(self) -> None:
         """Returns when requests can be served."""
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 with urlopen(f"http://127.0.0.1:{self._admin_port}/ready", timeout=2):
                     return

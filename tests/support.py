@@ -74,7 +74,7 @@ class ServerProcess:
     @property
     def url(self) -> str:
         """The address, once the server says that it serves."""
-        for _ in range(300):
+        for _ in range(1200):
             if found := re.search(r"chatd serves (\S+)", self.stderr):
                 return found[1]
             if self.process.poll() is not None:

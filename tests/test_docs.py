@@ -364,6 +364,41 @@ def test_the_conformance_suites_run_as_the_page_shows(tmp_path: Path) -> None:
     assert ran == ["test_louder.py", "test_my_storage.py"]
 
 
+def test_the_react_example_compiles_with_the_ai_sdk(tmp_path: Path) -> None:
+    (example,) = (block.text for block in blocks("docs/api.md") if block.language == "tsx")
+    (tmp_path / "node_modules").symlink_to(ROOT / "node_modules")
+    (tmp_path / "example.tsx").write_text(example, encoding="utf-8")
+    # That a wrong name is seen shows that the types of the packages were read.
+    assert "prepareSendMessagesRequest" in example
+    misspelt = example.replace("prepareSendMessagesRequest", "prepareSendMessageRequest")
+    (tmp_path / "misspelt.tsx").write_text(misspelt, encoding="utf-8")
+    options = {
+        "strict": True,
+        "noEmit": True,
+        "skipLibCheck": True,  # as pages do: the packages name types of Node's
+        "target": "es2022",
+        "lib": ["es2022", "dom", "dom.iterable"],
+        "module": "esnext",
+        "moduleResolution": "bundler",
+        "jsx": "react-jsx",
+        "types": [],
+    }
+    project = {"compilerOptions": options, "files": ["example.tsx", "misspelt.tsx"]}
+    (tmp_path / "tsconfig.json").write_text(json.dumps(project), encoding="utf-8")
+    done = subprocess.run(
+        [str(ROOT / "node_modules" / ".bin" / "tsc"), "--project", "tsconfig.json"],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    faults = done.stdout.splitlines()
+    assert faults, done.stderr
+    assert [fault for fault in faults if not fault.startswith("misspelt.tsx(")] == []
+    assert "prepareSendMessageRequest" in faults[0]
+
+
 def test_the_faults_that_the_configuration_page_shows_are_what_check_says(tmp_path: Path) -> None:
     (tmp_path / "chatd.yaml").write_text(
         "server:\n"

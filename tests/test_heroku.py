@@ -71,7 +71,10 @@ def test_the_release_phase_takes_a_supabase_that_is_up_to_date_and_no_other(
         assert missing.returncode == 1
         assert "run schema.sql" in missing.stderr
         postgres.execute((ROOT / "schema.sql").read_text())
-        time.sleep(1)
+        for _ in range(100):
+            if postgrest.ask_with("chatd_schema_version")[0] == 200:
+                break
+            time.sleep(0.1)
         good = release(tmp_path, **env)
         assert (good.returncode, good.stderr) == (0, "")
         postgres.execute(

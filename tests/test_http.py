@@ -409,6 +409,75 @@ async def test_media_types_are_minded(served: Served, headers: dict[str, str], s
     assert_problem(await served.post("/api/chat", b"{}", headers=headers), status, code)
 
 
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("accept", "status"),
+    [
+        (None, 200),
+        ("*/*", 200),
+        (BROWSER, 200),
+        ("application/*", 200),
+        ("text/html, application/json;q=0.1", 200),
+        ("text/html", 406),
+        ("text/event-stream", 406),
+        ("*/*, application/json;q=0", 406),
+    ],
+)
+async def test_what_is_read_as_json_is_refused_to_who_does_not_take_json(
+    served: Served, method: str, accept: str | None, status: int
+) -> None:
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    turn = (await served.chat(bot, session, "hi")).json["turn_id"]
+    headers = {"Authorization": f"Bearer {KEY}"} | ({"Accept": accept} if accept else {})
+    # aiohttp says */* unless it is told not to.
+    skipped = [] if accept else ["Accept"]
+    for path in (
+        f"/api/chat/turns/{turn}",
+        f"/api/chat/session/{session}/messages",
+        "/v1/models",
+        "/openapi.json",
+        "/health",
+        "/healthz",
+        "/readyz",
+    ):
+        answer = await served.request(method, path, headers=headers, skip_auto_headers=skipped)
+        assert answer.status == status, path
+        if status == 406 and method == "GET" and path != "/v1/models":
+            problem = assert_problem(answer, 406, "not_acceptable")
+            assert "application/json" in problem["detail"]
+
+
+async def test_a_page_is_not_json_and_errors_are_told_whatever_is_taken(served: Served) -> None:
+    for accept in ("application/json", "text/html", "image/png"):
+        assert (await served.get("/docs", headers={"Accept": accept})).status == 200
+        answer = await served.get("/nothing/here", headers={"Accept": accept})
+        assert_problem(answer, 404, "not_found")
+    unknown = f"/api/chat/turns/{new_id()}"
+    answer = await served.get(unknown, headers={"Accept": "text/html"})
+    assert_problem(answer, 401, "invalid_api_key")
+
+
+async def test_a_turn_is_not_stopped_by_who_cannot_read_what_came_of_it(serve: Serve) -> None:
+    served = await serve(SLOW_CONFIG)
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    asked = asyncio.create_task(served.chat(bot, session, "hi"))
+    storage = served.runtime.services.storage
+    while (turn := await storage.running_turn(session, bot.id)) is None:
+        await asyncio.sleep(0.01)
+    headers = {"Authorization": f"Bearer {KEY}", "Accept": "text/event-stream"}
+    path = f"/api/chat/turns/{turn.id}"
+    assert_problem(await served.post(f"{path}/stop", headers=headers), 406, "not_acceptable")
+    body = {"rating": "up"}
+    rated = await served.post(f"{path}/feedback", body, headers=headers)
+    assert_problem(rated, 406, "not_acceptable")
+    assert (await asked).json["finish_reason"] == "stop"
+
+
 async def test_a_body_over_the_limit_is_too_large(served: Served) -> None:
     limit = 64 * 1024
     body = b'{"a": "' + b"x" * (limit - 9) + b'"}'

@@ -32,7 +32,8 @@ WIDGET_SESSION, WIDGET_CHAT = "/api/chat/widget/session", "/api/chat/widget"
 CORE = (SESSION, CHAT, WIDGET_SESSION, WIDGET_CHAT)
 
 ALWAYS = {200, 400, 413, 431, 500}
-WITH_BODY = ALWAYS | {406, 415, 422}
+WITH_ANSWER = ALWAYS | {406}
+WITH_BODY = WITH_ANSWER | {415, 422}
 TURN = {403, 404, 409, 429, 502, 503, 504}
 TURN_PATH, WIDGET_TURN_PATH = "/api/chat/turns/{turn_id}", "/api/chat/widget/turns/{turn_id}"
 ONE_SESSION = "/api/chat/session/{session_id}"
@@ -43,27 +44,27 @@ STATUSES = {
     ("post", CHAT): WITH_BODY | TURN | {401},
     ("post", WIDGET_SESSION): WITH_BODY | {403, 404, 503},
     ("post", WIDGET_CHAT): WITH_BODY | TURN,
-    ("get", f"{ONE_SESSION}/messages"): BY_KEY | {200, 422},
-    ("get", "/api/chat/widget/messages"): BY_SESSION | {200, 422},
+    ("get", f"{ONE_SESSION}/messages"): BY_KEY | {200, 406, 422},
+    ("get", "/api/chat/widget/messages"): BY_SESSION | {200, 406, 422},
     ("delete", ONE_SESSION): BY_KEY | {204},
     ("delete", WIDGET_SESSION): BY_SESSION | {204},
-    ("get", f"{ONE_SESSION}/stream"): BY_KEY | {200, 204},
-    ("get", "/api/chat/widget/stream"): BY_SESSION | {200, 204},
+    ("get", f"{ONE_SESSION}/stream"): BY_KEY | {200, 204, 406},
+    ("get", "/api/chat/widget/stream"): BY_SESSION | {200, 204, 406},
     **{
         (method, f"{path}{rest}"): who | statuses
         for path, who in ((TURN_PATH, BY_KEY), (WIDGET_TURN_PATH, BY_SESSION))
         for method, rest, statuses in (
-            ("get", "", {200}),
-            ("get", "/events", {200}),
-            ("post", "/stop", {200}),
+            ("get", "", {200, 406}),
+            ("get", "/events", {200, 406}),
+            ("post", "/stop", {200, 406}),
             ("post", "/feedback", WITH_BODY),
         )
     },
     ("post", "/v1/chat/completions"): WITH_BODY | TURN | {401},
-    ("get", "/v1/models"): ALWAYS | {401, 503},
-    ("get", "/health"): ALWAYS,
-    ("get", "/healthz"): ALWAYS,
-    ("get", "/readyz"): ALWAYS | {503},
+    ("get", "/v1/models"): WITH_ANSWER | {401, 503},
+    ("get", "/health"): WITH_ANSWER,
+    ("get", "/healthz"): WITH_ANSWER,
+    ("get", "/readyz"): WITH_ANSWER | {503},
 }
 NOT_OF_AN_OPERATION = {"method_not_allowed"}
 """It is of methods that are not described."""

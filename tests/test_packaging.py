@@ -107,7 +107,7 @@ def _serving(installed: Installed, folder: Path) -> Iterator[str]:
             stderr=stderr,
         )
     try:
-        for _ in range(300):
+        for _ in range(1200):
             if "chatd serves" in said.read_text() or process.poll() is not None:
                 break
             time.sleep(0.05)

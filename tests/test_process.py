@@ -11,12 +11,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import apsw
 import pytest
 
 from tests.support import ServerProcess, chatd_command, server_process
@@ -80,7 +81,7 @@ def test_a_server_killed_in_mid_turn_has_the_question_once_and_the_next_turn_wor
     with start("1") as server, ThreadPoolExecutor() as pool:
         client = Client(server)
         lost = pool.submit(client.say, "are you there?")
-        time.sleep(0.5)
+        wait_for_a_turn(server.folder)
         server.kill()
         assert isinstance(lost.exception(timeout=10), OSError)
     with start("0") as server:
@@ -99,7 +100,7 @@ def test_a_server_told_to_stop_lets_running_turns_finish(start: Start) -> None:
     with start("0.3") as server, ThreadPoolExecutor() as pool:
         client = Client(server)
         running = pool.submit(client.say, "hi")
-        time.sleep(0.3)
+        wait_for_a_turn(server.folder)
         assert server.stop() == 0
         status, answer = running.result(timeout=10)
         assert (status, answer["response"]) == (200, "You said: hi")
@@ -110,7 +111,7 @@ def test_a_turn_that_outlasts_the_stop_is_stored_as_far_as_it_came(start: Start)
     with start("3") as server, ThreadPoolExecutor() as pool:
         client = Client(server)
         running = pool.submit(client.say, "hi there")
-        time.sleep(0.5)
+        wait_for_a_turn(server.folder)
         assert server.stop() == 0
         status, answer = running.result(timeout=10)
         assert (status, answer["finish_reason"]) == (200, "interrupted")
@@ -132,11 +133,11 @@ def test_a_second_ctrl_c_does_not_wait_for_turns(start: Start) -> None:
     with start("2") as server, ThreadPoolExecutor() as pool:
         client = Client(server)
         running = pool.submit(client.say, "hi there, how are you?")
-        time.sleep(0.5)
+        wait_for_a_turn(server.folder)
         server.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(timeout=4) == 0
+        assert server.process.wait(timeout=10) == 0
         assert running.result(timeout=10)[1]["code"] == "shutting_down"
 
 
@@ -203,15 +204,21 @@ def test_each_request_is_one_line_of_json_without_keys_or_messages(tmp_path: Pat
     assert failed["request_id"] in {line["request_id"] for line in requests}
 
 
+def wait_for_a_turn(folder: Path) -> None:
+    """Returns as soon as a turn runs, by the word of the database in `folder`."""
+    with closing(apsw.Connection(str(folder / "chatd.db"))) as connection:
+        running = "SELECT count(*) FROM turns WHERE status = 'running'"
+        for _ in range(200):
+            if next(connection.execute(running))[0]:
+                return
+            time.sleep(0.05)
+    raise AssertionError("no turn began")
+
+
 def transcript(folder: Path, session: str) -> list[tuple[str, str]]:
     """What the database in `folder` holds of a session."""
-    import apsw
-
-    connection = apsw.Connection(str(folder / "chatd.db"))
-    try:
+    with closing(apsw.Connection(str(folder / "chatd.db"))) as connection:
         rows = connection.execute(
             "SELECT role, content FROM conversations WHERE session_id = ? ORDER BY id", (session,)
         )
         return [(str(role), str(content)) for role, content in rows]
-    finally:
-        connection.close()

@@ -168,6 +168,9 @@ def test_migrate_says_when_postgrest_has_yet_to_see_it(database: Supabase, tmp_p
     env["SUPABASE_URL"] = database.postgrest.url
     seen = chatd_command("migrate", cwd=tmp_path, env=env)
     assert (seen.returncode, seen.stderr) == (0, "")
+    (tmp_path / "chatd.yaml").write_text(
+        text.replace("use: supabase", "use: supabase\n  timeout: 0.5")
+    )
     env["SUPABASE_URL"] = "http://127.0.0.1:9"
     unseen = chatd_command("migrate", cwd=tmp_path, env=env)
     assert unseen.returncode == 0

@@ -240,7 +240,9 @@ async def test_an_outage_is_retried_shortly_then_told_and_over_by_itself(
 ) -> None:
     postgrest = another_postgrest(**settings)
     storage = await open_with(postgrest.url)
-    served = await serve(echoing(supabase.configured("supabase", postgrest)))
+    config = echoing(supabase.configured("supabase", postgrest))
+    # So that a chat gets as far as to begin its turn, however long the outage takes to show.
+    served = await serve(config.replace("server:", "server:\n  chatbot_cache_seconds: 60"))
     bot = await served.add_bot()
     own, session = await a_session(storage), await served.session(bot)
     turn = a_turn(own, "begun twice")
@@ -354,6 +356,7 @@ async def test_a_postgrest_that_restarts_is_waited_for(supabase: Supabase) -> No
 SESSIONS = 300
 EARLY_SESSIONS = 240
 ANSWER_SECONDS = 0.8
+LONG_ANSWER_SECONDS = 3.0
 OUTAGE_SECONDS = 2.0
 PAUSE_SECONDS = 1.5
 SHORT_LEASE = 10.0
@@ -422,6 +425,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("plugin", "fault"), [pytest.param(p, f, id=f"{p}-{f.__name__}") for p, f in FAULTS]
 )
@@ -432,7 +436,7 @@ async def test_under_load_nothing_acknowledged_is_lost_and_nothing_doubled(
     fault: Callable[[Supabase], Iterator[None]],
 ) -> None:
     # A turn that storage began too late, when nobody waited for it any more, ends with its lease.
-    config = echoing(supabase.configured(plugin), ANSWER_SECONDS)
+    config = echoing(supabase.configured(plugin), LONG_ANSWER_SECONDS)
     served = await serve(config.replace("server:", f"server:\n  lease_seconds: {SHORT_LEASE}"))
     bot = await served.add_bot()
     # aiohttp has 100 requests under way at once, and lets others wait, unless told otherwise.
@@ -629,7 +633,7 @@ async def test_calls_that_share_sessions_lock_them_in_one_order(
 async def test_of_turns_at_two_servers_one_runs_and_their_order_is_that_of_their_messages(
     serve: Serve, supabase: Supabase, plugin: str
 ) -> None:
-    config = echoing(supabase.configured(plugin), ANSWER_SECONDS)
+    config = echoing(supabase.configured(plugin), LONG_ANSWER_SECONDS)
     servers = [await serve(config), await serve(config)]
     bot = await servers[0].add_bot()
     session = await servers[0].session(bot)

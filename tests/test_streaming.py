@@ -13,8 +13,9 @@ import aiohttp
 import apsw
 import pytest
 
-from chatd.domain import Chatbot, new_id
-from chatd.testing.fake_provider import SSE_HEAD, FakeProvider, Hold, http_response, sse
+from chatd.domain import Chatbot, Session, new_id
+from chatd.testing.fake_provider import SSE_HEAD, FakeProvider, Hold, Reset, http_response, sse
+from chatd.testing.storage import a_turn
 from tests.conftest import Serve
 from tests.postgres import Supabase
 from tests.support import ECHO_CONFIG, KEY, Served, chatd_command, open_served, server_process
@@ -180,6 +181,87 @@ async def test_a_turn_goes_on_when_its_reader_leaves_and_can_be_read_to_its_end(
     ids = [number for number, _ in [*seen, *rest] if number is not None]
     assert ids == sorted(set(ids))
     assert (await talk.turn(turn_id))["response"] == SLOW_REPLY
+
+
+@pytest.mark.parametrize(
+    ("accept", "status"),
+    [
+        (None, 200),
+        ("*/*", 200),
+        ("text/event-stream", 200),
+        ("text/*;q=0.1, application/json", 200),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", 200),
+        ("application/json", 406),
+        ("text/html", 406),
+        ("*/*, text/event-stream;q=0", 406),
+    ],
+)
+async def test_events_are_refused_to_who_does_not_take_them(
+    serve: Serve, accept: str | None, status: int
+) -> None:
+    talk = await Talk.open(await serve(SLOW_CONFIG))
+    headers = talk.headers | ({"Accept": accept} if accept else {})
+    skipped = [] if accept else ["Accept"]
+    running = f"/api/chat/session/{talk.session}/stream"
+    # There is nothing to take when no turn runs.
+    answer = await talk.served.get(running, headers=headers, skip_auto_headers=skipped)
+    assert answer.status == 204
+    async with talk.say() as streamed:
+        turn_id = (await read_some(streamed, 1))[0][1]["messageId"]
+        for path in (running, f"/api/chat/turns/{turn_id}/events"):
+            answer = await talk.served.get(path, headers=headers, skip_auto_headers=skipped)
+            if status == 406:
+                problem = assert_problem(answer, 406, "not_acceptable")
+                assert "text/event-stream" in problem["detail"]
+            else:
+                assert said(parsed(answer.body.decode())) == SLOW_REPLY
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_head_of_events_has_the_headers_of_their_get_and_no_length(
+    serve: Serve, running: bool
+) -> None:
+    talk = await Talk.open(await serve(SLOW_CONFIG))
+    async with talk.say() as streamed:
+        turn_id = (await read_some(streamed, 1))[0][1]["messageId"]
+        if not running:
+            await streamed.read()
+        paths = [f"/api/chat/turns/{turn_id}/events"]
+        paths += [f"/api/chat/session/{talk.session}/stream"] if running else []
+        for path in paths:
+            async with asyncio.timeout(20):
+                head = await talk.served.request("HEAD", path, headers=talk.headers)
+            async with talk.served.http.get(talk.served.url + path, headers=talk.headers) as get:
+                pass
+            assert (head.status, head.body) == (200, b"")
+            assert "Content-Length" not in head.headers
+            told = [
+                {
+                    name.lower(): value
+                    for name, value in answer.headers.items()
+                    if name.lower() not in ("x-request-id", "date", "transfer-encoding")
+                }
+                for answer in (head, get)
+            ]
+            assert told[0] == told[1]
+
+
+async def test_a_connection_serves_on_after_head_of_events(serve: Serve) -> None:
+    talk = await Talk.open(await serve(ECHO_CONFIG))
+    async with talk.say(stream=False) as answer:
+        turn_id = (await answer.json())["turn_id"]
+    host, port = talk.served.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"HEAD /api/chat/turns/{turn_id}/events HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\n\r\n"
+    last = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    writer.write((head + last).encode())
+    async with asyncio.timeout(20):
+        got = (await reader.read()).decode()
+    writer.close()
+    first, second, rest = got.split("\r\n\r\n")
+    assert first.startswith("HTTP/1.1 200 ")
+    assert second.startswith("HTTP/1.1 200 ")
+    assert json.loads(rest) == {"status": "ok"}
 
 
 async def test_a_session_tells_which_turn_runs_now(serve: Serve) -> None:
@@ -349,6 +431,7 @@ async def test_stop_ends_the_upstream_request_and_keeps_what_was_said(serve: Ser
         assert stopped.json == expected
         again = await talk.served.post(path, headers=talk.headers)
         assert again.json == expected
+        assert (await talk.turn(turn_id))["finish_reason"] == "stopped"
         transcript = await talk.served.transcript(talk.bot, talk.session)
         assert transcript == [("user", "hi"), ("assistant", "Half of")]
         fake.answer(SSE_HEAD, delta("Next."), DONE)
@@ -371,6 +454,36 @@ async def test_a_turn_that_is_stopped_before_a_word_is_an_empty_answer(serve: Se
         answer = await plain
         assert (answer.status, answer.json["response"]) == (200, "")
         assert answer.json["finish_reason"] == "stopped"
+
+
+async def test_how_a_turn_ended_is_told_alike_by_its_answer_and_by_its_state(serve: Serve) -> None:
+    async with FakeProvider() as fake:
+        talk = await with_upstream(serve, fake)
+        for steps, status, reason, code in (
+            ((SSE_HEAD, delta("Some"), Reset()), "interrupted", "interrupted", "provider_failed"),
+            ((SSE_HEAD, delta("Some"), DONE), "completed", "stop", None),
+        ):
+            fake.answer(*steps)
+            async with talk.say() as answer:
+                events = parsed(await answer.text())
+            turn = await talk.turn(events[0][1]["messageId"])
+            assert (turn["status"], turn["error"]) == (status, code)
+            assert events[-2][1].get("code") == code
+            assert turn["finish_reason"] == reason
+
+
+async def test_a_turn_whose_process_was_lost_has_one_code_for_whoever_asks(serve: Serve) -> None:
+    talk = await Talk.open(await serve(ECHO_CONFIG))
+    storage = talk.served.runtime.services.storage
+    lost = a_turn(Session(talk.session, talk.bot.id), "hi", lease_seconds=0.1)
+    await storage.begin_turn(lost)
+    turn = await talk.ended(lost.turn_id)
+    assert (turn["status"], turn["response"], turn["finish_reason"]) == ("interrupted", None, None)
+    record = await storage.get_turn(lost.turn_id, talk.bot.id)
+    assert record is not None
+    assert record.error_code == "process_lost"
+    assert turn["error"] == "shutting_down"
+    assert (await talk.events(lost.turn_id))[-2][1]["code"] == "shutting_down"
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -377,6 +377,7 @@ def server_streams(monkeypatch: pytest.MonkeyPatch) -> list[IOStream]:
     return streams
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("short_patience")
 async def test_who_does_not_read_costs_little_and_is_dropped_and_the_turn_goes_on(
     serve: Serve, fake: FakeProvider, server_streams: list[IOStream]
@@ -424,6 +425,7 @@ async def server_stream(streams: list[IOStream]) -> IOStream:
     return streams[0]
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("short_patience")
 async def test_who_reads_slowly_but_reads_gets_it_all(serve: Serve, fake: FakeProvider) -> None:
     piece = "x" * 50_000

@@ -42,6 +42,9 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 """How many headers a request may have."""
 
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream"
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 _CONTENT_TYPE = re.compile(
     r"application/(?:[a-z0-9.-]+\+)?json\s*(?:;\s*charset=\"?utf-8\"?\s*)?", re.ASCII | re.I
@@ -126,8 +129,6 @@ class ApiHandler(RequestHandler):
     chatbot: Chatbot | None = None
     error_code: str | None = None
     error_type = "application/problem+json"
-    streams = False
-    """Whether an answer may be server-sent events."""
 
     def initialize(self, services: Services, route: Route | None = None, **arguments: Any) -> None:
         self.services = services
@@ -209,15 +210,26 @@ class ApiHandler(RequestHandler):
             raise UnsupportedMediaType
         if self.request.headers.get("Content-Encoding", "identity") not in ("", "identity"):
             raise UnsupportedMediaType
-        accept = self.request.headers.get("Accept", "")
-        if not (_accepts(accept, "json") or (self.streams and _accepts(accept, "event-stream"))):
-            raise NotAcceptable
+        streams = self.operation is not None and self.operation.events
+        self.require_acceptable(JSON, *([EVENT_STREAM] if streams else []))
         return parse_json(b"".join(self._chunks))
+
+    def require_acceptable(self, *media_types: str) -> None:
+        """Raises `NotAcceptable` when the client takes an answer of none of these types."""
+        accept = self.request.headers.get("Accept", "")
+        if not any(_accepts(accept, media_type) for media_type in media_types):
+            named = " or ".join(media_types)
+            raise NotAcceptable(f"This endpoint answers {named}; the Accept header rules that out.")
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the request changes nothing, so that it can be refused when its answer is known."""
+        return self.request.method in ("GET", "HEAD")
 
     def wants_events(self, body: Mapping[str, Any]) -> bool:
         """Whether the answer is to be a stream of events."""
         accept = self.request.headers.get("Accept", "")
-        return bool(body.get("stream")) or not _accepts(accept, "json")
+        return bool(body.get("stream")) or not _accepts(accept, JSON)
 
     def api_key(self, body: Mapping[str, Any]) -> str | None:
         """The API key, from wherever it came. Raises `InvalidApiKey` when there are two."""
@@ -256,8 +268,10 @@ class ApiHandler(RequestHandler):
     # Answering
 
     def answer(self, value: Any) -> None:
-        """Answers 200 with JSON."""
-        self.set_header("Content-Type", "application/json")
+        """Answers 200 with JSON. Raises `NotAcceptable` for a GET whose client does not take that."""
+        if self.is_read_only:
+            self.require_acceptable(JSON)
+        self.set_header("Content-Type", JSON)
         self.finish(orjson.dumps(value, option=orjson.OPT_UTC_Z))
 
     def answer_nothing(self) -> None:
@@ -347,13 +361,12 @@ def _as_request_error(status: int, exc_info: Any) -> RequestError:
             return RequestError()
 
 
-def _accepts(header: str, kind: Literal["json", "event-stream"]) -> bool:
-    """Whether an Accept header (RFC 9110, 12.5.1) leaves room for this kind of answer."""
+def _accepts(header: str, media_type: str) -> bool:
+    """Whether an Accept header (RFC 9110, 12.5.1) leaves room for an answer of this type."""
     if not header.strip():
         return True
     best: tuple[int, float] = (-1, 0.0)
-    family = "application" if kind == "json" else "text"
-    ways = {"*/*": 0, f"{family}/*": 1, f"{family}/{kind}": 2}
+    ways = {"*/*": 0, f"{media_type.partition('/')[0]}/*": 1, media_type: 2}
     for part in header.split(","):
         name, *parameters = (piece.strip().lower() for piece in part.split(";"))
         how = ways.get(name)

@@ -21,7 +21,7 @@ class NotAcceptable(RequestError):
     """The client takes nothing that this endpoint gives."""
 
     code = "not_acceptable"
-    default_detail = "This endpoint answers application/json; the Accept header rules that out."
+    default_detail = "The Accept header rules out what this endpoint answers."
 
 
 class UnsupportedMediaType(RequestError):

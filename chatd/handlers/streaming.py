@@ -19,7 +19,7 @@ from chatd.errors import (
     ProviderTimeout,
     SessionRequired,
 )
-from chatd.handlers.base import ApiHandler, Parameter
+from chatd.handlers.base import EVENT_STREAM, ApiHandler, Parameter
 from chatd.handlers.problems import problem_body
 from chatd.reply import Reply, TurnResult
 from chatd.turns import Started
@@ -259,8 +259,6 @@ class _Writer:
 class TurnHandler(ApiHandler):
     """A handler that answers with turns: for a client with its key, or for a widget's visitor."""
 
-    streams = True
-
     @property
     def private(self) -> bool:
         """Whether the caller may know what a turn cost and who answered: a visitor may not."""
@@ -348,10 +346,17 @@ class TurnHandler(ApiHandler):
         await self.stream(reply, format)
 
     async def stream(self, reply: Reply, format: Format) -> None:
-        """Answers with what `format` makes of the reply, as it comes."""
+        """Answers with what `format` makes of the reply, as it comes.
+
+        Raises `NotAcceptable` for a GET whose client does not take that.
+        """
+        if self.is_read_only:
+            self.require_acceptable(EVENT_STREAM)
         for name, value in format.headers.items():
             self.set_header(name, value)
         if self.request.method == "HEAD":
+            # Sent now, since at the end they would tell a length, which the stream has none of.
+            await self.flush()
             return
         self._bound_buffer()
         if await _Writer(self, reply, format).run():

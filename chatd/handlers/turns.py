@@ -13,8 +13,9 @@ from chatd.errors import (
     SessionRequired,
     StorageUnavailable,
 )
-from chatd.handlers.base import Auth, Operation, Route
+from chatd.handlers.base import JSON, Auth, Operation, Route
 from chatd.handlers.streaming import LAST_EVENT_ID, TurnHandler
+from chatd.reply import TurnResult
 from chatd.storage import TurnRecord
 
 
@@ -46,6 +47,7 @@ class StopHandler(TurnHandler):
     async def post(self, turn_id: str) -> None:
         chatbot, session_id = await self.caller()
         turn_id = _id(turn_id)
+        self.require_acceptable(JSON)
         result = await self.services.turns.stop(chatbot, turn_id, session_id=session_id)
         self.answer(
             {
@@ -78,15 +80,16 @@ def _id(text: str) -> str:
 
 
 def shown(record: TurnRecord, *, private: bool) -> dict[str, Any]:
-    """A turn as a client reads it."""
+    """A turn as a client reads it: how it ended is told as its events and its answer tell it."""
+    ended = None if record.status is TurnStatus.RUNNING else TurnResult.of(record)
     told: dict[str, Any] = {
         "turn_id": record.id,
         "session_id": record.session_id,
         "status": record.status,
         "type": record.label,
         "response": record.reply,
-        "finish_reason": record.finish_reason,
-        "error": record.error_code,
+        "finish_reason": ended.finish_reason if ended else None,
+        "error": ended.error.code if ended and ended.error else None,
         "history_truncated": record.history_truncated,
         "rating": record.rating,
         "comment": record.comment,
