@@ -5,7 +5,16 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-BUNDLED_PLUGINS = ["echo", "openai_compatible", "openrouter", "postgres", "sqlite", "supabase"]
+BUNDLED_PLUGINS = [
+    "echo",
+    "openai_compatible",
+    "openrouter",
+    "postgres",
+    "record",
+    "replay",
+    "sqlite",
+    "supabase",
+]
 
 
 class BuildPy(build_py):

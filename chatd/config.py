@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -344,9 +344,13 @@ class ConfigFile:
             hint = did_you_mean(use, known) or f"; there is {', '.join(known) or 'none'}"
             self._add(faults, (*path, "use"), f'no plugin offers the {kind} "{use}"{hint}')
             return
-        for inner, text in offers[kind][use].faults(_settings(value, own)):
+        settings = _settings(value, own)
+        for inner, text in offers[kind][use].faults(settings):
             hint = did_you_mean(str(inner[-1]), own) if text == "unknown key" else ""
             self._add(faults, (*path, *inner), text + hint)
+        for inner, other in _inner_uses(offers[kind][use].document, settings):
+            if other in offers:
+                self._use_faults(faults, offers, other, (*path, *inner), set())
 
     def _ask_faults(self, faults: list[tuple[int, str]]) -> None:
         rules = self.values.get("models") if isinstance(self.values, dict) else None
@@ -364,6 +368,21 @@ class ConfigFile:
 
 def _settings(value: Mapping[str, Any], own: set[str]) -> dict[str, Any]:
     return {k: v for k, v in value.items() if k != "use" and k not in own}
+
+
+def _inner_uses(document: Any, value: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+    """Where settings hold another offer's name and settings, and its kind: by `x-use`."""
+    if not isinstance(document, dict):
+        return
+    if isinstance(kind := document.get("x-use"), str):
+        yield path, kind
+    elif isinstance(value, dict):
+        for name, part in document.get("properties", {}).items():
+            if name in value:
+                yield from _inner_uses(part, value[name], (*path, name))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _inner_uses(document.get("items"), item, (*path, i))
 
 
 def _dotted(path: Sequence[str | int]) -> str:

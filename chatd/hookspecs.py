@@ -30,7 +30,8 @@ def chatd_register_provider(register: ProviderRegister) -> None:
     """Offer somebody who answers.
 
     :param register: call its `add(name, open, config_schema, description)`; `open(settings)`
-        is a coroutine function that returns a `chatd.Provider`.
+        is a coroutine function that returns a `chatd.Provider`. One that wraps another provider
+        opens it with `register.open(name, settings)`, from its own `open`.
     """
 
 

@@ -15,7 +15,7 @@ from chatd.errors import PluginError
 from chatd.interceptor import Interceptor
 from chatd.provider import Provider
 from chatd.storage import Storage
-from chatd.validation import Schema
+from chatd.validation import Schema, did_you_mean
 
 T = TypeVar("T")
 Settings = Mapping[str, Any]
@@ -71,6 +71,30 @@ class Register(Generic[T]):
                 f'plugin "{self.plugin}": config_schema of "{name}" is not a JSON Schema: {error}'
             ) from error
         self.offers[name] = Offer(name, open, compiled, description, self.plugin)
+
+    async def open(self, name: str, settings: Settings) -> T:
+        """Opens what any plugin offers under `name`, for a plugin that wraps it and closes it.
+
+        To be called from the wrapper's own `open`: while hooks run, not every plugin is there.
+        Raises `PluginError` when there is no such offer, its settings do not fit, or it fails.
+        """
+        if (offer := self.offers.get(name)) is None:
+            known = sorted(self.offers)
+            hint = did_you_mean(name, known) or f"; there is {', '.join(known)}"
+            raise PluginError(f'no plugin offers the {self.kind} "{name}"{hint}')
+        if faults := offer.schema.faults(dict(settings)):
+            path, text = faults[0]
+            where = ".".join(map(str, path)) or "settings"
+            colon = "" if text.startswith("is required") else ":"
+            raise PluginError(f'the {self.kind} "{name}": {where}{colon} {text}')
+        try:
+            return await offer.open(settings)
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f'the {self.kind} "{name}" cannot be opened: {type(error).__name__}: {error}'
+            ) from error
 
 
 StorageRegister = Register[Storage]

@@ -346,6 +346,38 @@ def test_the_other_plugins_of_the_page_work_together(tmp_path: Path) -> None:
     assert unread.stderr == "chatd: no.yaml: cannot be read: No such file or directory\n"
 
 
+def test_the_provider_around_another_that_the_page_shows_answers(tmp_path: Path) -> None:
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "signed.py").write_text(plugin_files()["signed.py"], encoding="utf-8")
+    (shown,) = (b.text for b in blocks("docs/plugins.md") if "use: signed" in b.text)
+    rest = (
+        "plugins: {folder: plugins}\nstorage: {use: sqlite}\nmodels: [{match: '*', ask: [main]}]\n"
+    )
+    (tmp_path / "chatd.yaml").write_text(shown + rest, encoding="utf-8")
+    assert chatd_command("bots", "add", "--name", "Bot", cwd=tmp_path).returncode == 0
+    said = chatd_command("chat", "Bot", cwd=tmp_path, stdin="Hi\n")
+    assert said.stdout == "Hello. Yours, Bot\n"
+    (tmp_path / "chatd.yaml").write_text(shown.replace("reply", "replly") + rest)
+    fault = chatd_command("check", cwd=tmp_path).stderr
+    assert fault == ('chatd.yaml:5: providers.main.of.replly: unknown key, did you mean "reply"?\n')
+
+
+def test_the_line_that_the_page_on_replay_shows_can_be_replayed(tmp_path: Path) -> None:
+    (shown,) = (b.text for b in blocks("docs/record-replay.md") if b.language == "json")
+    (tmp_path / "answers.jsonl").write_text(json.dumps(json.loads(shown)), encoding="utf-8")
+    (replay,) = (b.text for b in blocks("docs/record-replay.md") if "use: replay" in b.text)
+    (tmp_path / "chatd.yaml").write_text(
+        f"{replay}storage: {{use: sqlite}}\nmodels: [{{match: '*', ask: [main]}}]\n"
+    )
+    checked = chatd_command("check", "--online", cwd=tmp_path)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    bot = ("bots", "add", "--name", "Bot", "--model", "openai/gpt-4o-mini")
+    assert chatd_command(*bot, cwd=tmp_path).returncode == 0
+    temperature = ("bots", "set", "Bot", "--temperature", "0.5")
+    assert chatd_command(*temperature, cwd=tmp_path).returncode == 0
+    assert chatd_command("chat", "Bot", cwd=tmp_path, stdin="Hello!\n").stdout == "Hi there.\n"
+
+
 def test_the_conformance_suites_run_as_the_page_shows(tmp_path: Path) -> None:
     (tmp_path / "louder.py").write_text(plugin_files()["louder.py"], encoding="utf-8")
     tests = {b.mark.removeprefix("test: "): b.text for b in blocks("docs/plugins.md") if b.mark}
