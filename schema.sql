@@ -66,6 +66,28 @@ CREATE TABLE IF NOT EXISTS public.turns (
 );
 ALTER TABLE public.turns ADD COLUMN IF NOT EXISTS history_truncated boolean NOT NULL DEFAULT false;
 ALTER TABLE public.turns ADD COLUMN IF NOT EXISTS stop_asked boolean NOT NULL DEFAULT false;
+ALTER TABLE public.turns ADD COLUMN IF NOT EXISTS side text;
+
+-- What the turns of erased sessions took, without what was said and by whom.
+CREATE TABLE IF NOT EXISTS public.usage_of_erased (
+    chatbot_id uuid NOT NULL REFERENCES public.chatbots (id) ON DELETE CASCADE,
+    day date NOT NULL,
+    model text,
+    side text,
+    turns bigint NOT NULL,
+    completed bigint NOT NULL,
+    failed bigint NOT NULL,
+    stopped bigint NOT NULL,
+    interrupted bigint NOT NULL,
+    input_tokens bigint,
+    output_tokens bigint,
+    cached_tokens bigint,
+    reasoning_tokens bigint,
+    cost_usd double precision,
+    unknown_cost bigint NOT NULL,
+    rated_up bigint NOT NULL,
+    rated_down bigint NOT NULL
+);
 
 CREATE INDEX IF NOT EXISTS sessions_of_chatbot ON public.sessions (chatbot_id);
 CREATE INDEX IF NOT EXISTS conversations_of_session ON public.conversations (session_id, id);
@@ -75,6 +97,9 @@ CREATE UNIQUE INDEX IF NOT EXISTS one_running_turn ON public.turns (session_id)
 CREATE UNIQUE INDEX IF NOT EXISTS one_turn_per_key ON public.turns (session_id, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS running_leases ON public.turns (lease_until) WHERE status = 'running';
+CREATE INDEX IF NOT EXISTS turns_by_start ON public.turns (started_at);
+CREATE UNIQUE INDEX IF NOT EXISTS usage_of_erased_day ON public.usage_of_erased
+    (chatbot_id, day, coalesce(model, ''), coalesce(side, ''));
 
 -- API keys are stored as "sha256:<hex>", however they are written.
 
@@ -97,7 +122,7 @@ UPDATE public.chatbots SET api_key = api_key WHERE api_key !~ '^sha256:[0-9a-f]{
 
 -- Not IMMUTABLE: a plan that PostgREST keeps would hold the answer and give it to anybody.
 CREATE OR REPLACE FUNCTION public.chatd_schema_version() RETURNS integer
-LANGUAGE sql STABLE SET search_path = '' AS $$ SELECT 3 $$;
+LANGUAGE sql STABLE SET search_path = '' AS $$ SELECT 4 $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_chatbot_json(b public.chatbots) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = '' AS $$
@@ -201,11 +226,95 @@ LANGUAGE sql STABLE SET search_path = '' AS $$
     SELECT to_jsonb(s) FROM public.sessions s WHERE s.session_id = (args->>'id')::uuid
 $$;
 
+-- The figures of turns, by chatbot, day, model and side: of one session with those that run, as
+-- interrupted; or of all sessions, or one chatbot's, without them.
+CREATE OR REPLACE FUNCTION public.chatd_usage(
+    session uuid, bot uuid, since timestamptz, until timestamptz)
+RETURNS SETOF public.usage_of_erased
+-- Planned for what is asked: a day's turns are found by their start, a chatbot's by its sessions.
+LANGUAGE plpgsql STABLE SET search_path = '' SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    RETURN QUERY SELECT s.chatbot_id, (t.started_at AT TIME ZONE 'UTC')::date, t.model, t.side,
+        count(*),
+        count(*) FILTER (WHERE t.status = 'completed'),
+        count(*) FILTER (WHERE t.status = 'failed'),
+        count(*) FILTER (WHERE t.status = 'stopped'),
+        count(*) FILTER (WHERE t.status IN ('interrupted', 'running')),
+        sum(t.input_tokens)::bigint, sum(t.output_tokens)::bigint,
+        sum(t.cached_tokens)::bigint, sum(t.reasoning_tokens)::bigint,
+        sum(t.cost_usd),
+        count(*) FILTER (WHERE t.cost_usd IS NULL AND NOT t.rerunnable),
+        count(*) FILTER (WHERE t.rating = 'up'),
+        count(*) FILTER (WHERE t.rating = 'down')
+    FROM public.turns t JOIN public.sessions s ON s.session_id = t.session_id
+    WHERE (session IS NOT NULL OR t.status <> 'running')
+        AND (session IS NULL OR t.session_id = session)
+        AND (bot IS NULL OR s.chatbot_id = bot)
+        AND (since IS NULL OR t.started_at >= since)
+        AND (until IS NULL OR t.started_at < until)
+    GROUP BY 1, 2, 3, 4;
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_usage_totals(args jsonb) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+DECLARE
+    wanted text := args->>'by';
+    bot uuid := args->>'chatbot_id';
+    since timestamptz := args->>'since';
+    until timestamptz := args->>'until';
+BEGIN
+    RETURN (SELECT coalesce(jsonb_agg(to_jsonb(total)
+            ORDER BY total.chatbot_id, total.key COLLATE "C" NULLS LAST), '[]')
+        FROM (SELECT u.chatbot_id, CASE wanted WHEN 'day' THEN to_char(u.day, 'YYYY-MM-DD')
+                WHEN 'model' THEN u.model ELSE u.side END AS key,
+            sum(u.turns)::bigint AS turns, sum(u.completed)::bigint AS completed,
+            sum(u.failed)::bigint AS failed, sum(u.stopped)::bigint AS stopped,
+            sum(u.interrupted)::bigint AS interrupted,
+            sum(u.input_tokens)::bigint AS input_tokens,
+            sum(u.output_tokens)::bigint AS output_tokens,
+            sum(u.cached_tokens)::bigint AS cached_tokens,
+            sum(u.reasoning_tokens)::bigint AS reasoning_tokens,
+            sum(u.cost_usd)::float8 AS cost_usd, sum(u.unknown_cost)::bigint AS unknown_cost,
+            sum(u.rated_up)::bigint AS rated_up, sum(u.rated_down)::bigint AS rated_down
+        FROM (
+            SELECT * FROM public.chatd_usage(NULL, bot, since, until)
+            UNION ALL
+            SELECT e.* FROM public.usage_of_erased e
+            WHERE (bot IS NULL OR e.chatbot_id = bot)
+                AND (since IS NULL OR e.day::timestamp AT TIME ZONE 'UTC' >= since)
+                AND (until IS NULL OR e.day::timestamp AT TIME ZONE 'UTC' < until)) u
+        GROUP BY 1, 2) total);
+END $$;
+
 CREATE OR REPLACE FUNCTION public.chatd_delete_session(args jsonb) RETURNS jsonb
 LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    wanted uuid := args->>'id';
 BEGIN
-    DELETE FROM public.sessions WHERE session_id = (args->>'id')::uuid
-        AND chatbot_id = (args->>'chatbot_id')::uuid;
+    -- Locks the chatbot and then the session, as removing the chatbot does; no turn begins, ends
+    -- or is settled now.
+    PERFORM FROM public.chatbots b WHERE b.id = (args->>'chatbot_id')::uuid FOR KEY SHARE;
+    PERFORM FROM public.sessions s
+    WHERE s.session_id = wanted AND s.chatbot_id = (args->>'chatbot_id')::uuid FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN 'false';
+    END IF;
+    -- In one order, so that two sessions that are erased at once never wait for each other.
+    INSERT INTO public.usage_of_erased AS u
+    SELECT g.* FROM public.chatd_usage(wanted, NULL, NULL, NULL) g ORDER BY g.day, g.model, g.side
+    ON CONFLICT (chatbot_id, day, coalesce(model, ''), coalesce(side, '')) DO UPDATE SET
+        turns = u.turns + excluded.turns, completed = u.completed + excluded.completed,
+        failed = u.failed + excluded.failed, stopped = u.stopped + excluded.stopped,
+        interrupted = u.interrupted + excluded.interrupted,
+        input_tokens = coalesce(u.input_tokens + excluded.input_tokens, u.input_tokens, excluded.input_tokens),
+        output_tokens = coalesce(u.output_tokens + excluded.output_tokens, u.output_tokens, excluded.output_tokens),
+        cached_tokens = coalesce(u.cached_tokens + excluded.cached_tokens, u.cached_tokens, excluded.cached_tokens),
+        reasoning_tokens = coalesce(u.reasoning_tokens + excluded.reasoning_tokens, u.reasoning_tokens, excluded.reasoning_tokens),
+        cost_usd = coalesce(u.cost_usd + excluded.cost_usd, u.cost_usd, excluded.cost_usd),
+        unknown_cost = u.unknown_cost + excluded.unknown_cost,
+        rated_up = u.rated_up + excluded.rated_up,
+        rated_down = u.rated_down + excluded.rated_down;
+    DELETE FROM public.sessions s WHERE s.session_id = wanted;
     RETURN to_jsonb(FOUND);
 END $$;
 
@@ -370,10 +479,27 @@ BEGIN
         cached_tokens = (item->>'cached_tokens')::bigint,
         reasoning_tokens = (item->>'reasoning_tokens')::bigint,
         cost_usd = (item->>'cost_usd')::float8, attempts = item->'attempts',
-        history_truncated = (item->>'history_truncated')::boolean,
+        history_truncated = (item->>'history_truncated')::boolean, side = item->>'side',
         finished_at = clock_timestamp()
     WHERE t.turn_id = turn;
     RETURN 'true';
+END $$;
+
+CREATE OR REPLACE FUNCTION public.chatd_settle_turn(args jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    turn uuid := args->>'id';
+BEGIN
+    -- Not while the session is being erased: it would be lost, and said to be kept.
+    PERFORM FROM public.sessions s WHERE s.session_id =
+        (SELECT t.session_id FROM public.turns t WHERE t.turn_id = turn) FOR NO KEY UPDATE;
+    UPDATE public.turns t SET input_tokens = (args->>'input_tokens')::bigint,
+        output_tokens = (args->>'output_tokens')::bigint,
+        cached_tokens = (args->>'cached_tokens')::bigint,
+        reasoning_tokens = (args->>'reasoning_tokens')::bigint,
+        cost_usd = (args->>'cost_usd')::float8
+    WHERE t.turn_id = turn AND t.run = (args->>'run')::integer AND t.status <> 'running';
+    RETURN to_jsonb(FOUND);
 END $$;
 
 -- Turns that wait at the same moment share a call: items in, answers out in the same order. One
@@ -515,13 +641,15 @@ BEGIN
     END IF;
     RETURN (
         SELECT jsonb_build_object('messages', c.messages, 'chars', c.chars + t.chars,
-            'turns', t.turns, 'ended', t.ended, 'rated_up', t.up, 'rated_down', t.down)
+            'turns', t.turns, 'ended', t.ended, 'rated_up', t.up, 'rated_down', t.down,
+            'priced', t.priced)
         FROM (SELECT count(*) AS messages, coalesce(sum(length(m.content)), 0) AS chars
               FROM public.conversations m WHERE m.session_id = wanted) c,
              (SELECT coalesce(sum(length(o.comment)), 0) AS chars, count(*) AS turns,
                   count(*) FILTER (WHERE o.status <> 'running') AS ended,
                   count(*) FILTER (WHERE o.rating = 'up') AS up,
-                  count(*) FILTER (WHERE o.rating = 'down') AS down
+                  count(*) FILTER (WHERE o.rating = 'down') AS down,
+                  count(o.cost_usd) AS priced
               FROM public.turns o WHERE o.session_id = wanted) t);
 END $$;
 
@@ -622,12 +750,12 @@ BEGIN
     INSERT INTO public.turns AS t (turn_id, session_id, seq, status, label, idempotency_key,
         request_hash, lease_until, rerunnable, run, reply_id, model, provider, finish_reason,
         error_code, input_tokens, output_tokens, cached_tokens, reasoning_tokens, cost_usd,
-        attempts, rating, comment, started_at, finished_at, history_truncated)
+        attempts, rating, comment, started_at, finished_at, history_truncated, side)
     SELECT g.turn_id, wanted, g.seq, g.status, g.label, g.idempotency_key,
         g.request_hash, now(), g.rerunnable, g.run, p.id, g.model, g.provider, g.finish_reason,
         g.error_code, g.input_tokens, g.output_tokens, g.cached_tokens, g.reasoning_tokens,
         g.cost_usd, g.attempts, g.rating, g.comment, coalesce(g.started_at, now()), g.finished_at,
-        coalesce(g.history_truncated, false)
+        coalesce(g.history_truncated, false), g.side
     FROM unnest(given) g
     LEFT JOIN (
         SELECT c.id, row_number() OVER (ORDER BY c.id) - 1 AS nth FROM (
@@ -644,7 +772,7 @@ BEGIN
         reasoning_tokens = excluded.reasoning_tokens, cost_usd = excluded.cost_usd,
         attempts = excluded.attempts, rating = excluded.rating, comment = excluded.comment,
         started_at = excluded.started_at, finished_at = excluded.finished_at,
-        history_truncated = excluded.history_truncated;
+        history_truncated = excluded.history_truncated, side = excluded.side;
     RETURN '{}';
 END $$;
 
@@ -721,7 +849,10 @@ DECLARE
             "request_hash", "lease_until", "rerunnable", "run", "reply_id", "model", "provider",
             "finish_reason", "error_code", "input_tokens", "output_tokens", "cached_tokens",
             "reasoning_tokens", "cost_usd", "attempts", "rating", "comment", "started_at",
-            "finished_at", "history_truncated", "stop_asked"]}';
+            "finished_at", "history_truncated", "stop_asked", "side"],
+        "usage_of_erased": ["chatbot_id", "day", "model", "side", "turns", "completed", "failed",
+            "stopped", "interrupted", "input_tokens", "output_tokens", "cached_tokens",
+            "reasoning_tokens", "cost_usd", "unknown_cost", "rated_up", "rated_down"]}';
     -- Functions, and what they take.
     callable constant jsonb := '{
         "chatd_schema_version": "", "chatd_doctor": "", "chatd_chatbot_json": "public.chatbots",
@@ -740,7 +871,8 @@ DECLARE
         "chatd_list_sessions": "jsonb", "chatd_tally_session": "jsonb",
         "chatd_export_session": "jsonb", "chatd_import_session": "jsonb",
         "chatd_tally_sessions": "jsonb", "chatd_export_sessions": "jsonb",
-        "chatd_import_sessions": "jsonb"}';
+        "chatd_import_sessions": "jsonb", "chatd_settle_turn": "jsonb",
+        "chatd_usage": "uuid, uuid, timestamptz, timestamptz", "chatd_usage_totals": "jsonb"}';
     -- Indexes, as pg_get_indexdef tells them.
     indexes constant jsonb := '{
         "sessions_of_chatbot": "CREATE INDEX sessions_of_chatbot ON public.sessions USING btree (chatbot_id)",
@@ -748,7 +880,9 @@ DECLARE
         "turns_of_session": "CREATE UNIQUE INDEX turns_of_session ON public.turns USING btree (session_id, seq)",
         "one_running_turn": "CREATE UNIQUE INDEX one_running_turn ON public.turns USING btree (session_id) WHERE (status = ''running''::text)",
         "one_turn_per_key": "CREATE UNIQUE INDEX one_turn_per_key ON public.turns USING btree (session_id, idempotency_key) WHERE (idempotency_key IS NOT NULL)",
-        "running_leases": "CREATE INDEX running_leases ON public.turns USING btree (lease_until) WHERE (status = ''running''::text)"}';
+        "running_leases": "CREATE INDEX running_leases ON public.turns USING btree (lease_until) WHERE (status = ''running''::text)",
+        "turns_by_start": "CREATE INDEX turns_by_start ON public.turns USING btree (started_at)",
+        "usage_of_erased_day": "CREATE UNIQUE INDEX usage_of_erased_day ON public.usage_of_erased USING btree (chatbot_id, day, COALESCE(model, ''''::text), COALESCE(side, ''''::text))"}';
     ours oid[];
     public_roles name[];
     our_roles name[];
@@ -777,9 +911,9 @@ BEGIN
             'problem', 'schema.sql has not been run here, or is of an older version', 'cure', again);
     ELSIF has_function_privilege('public.chatd_schema_version()', 'EXECUTE') THEN
         EXECUTE 'SELECT public.chatd_schema_version()' INTO version;
-        IF version <> 3 THEN
+        IF version <> 4 THEN
             found := found || jsonb_build_object('problem',
-                format('the database has schema version %s, and this is version 3', version),
+                format('the database has schema version %s, and this is version 4', version),
                 'cure', again);
         END IF;
     END IF;
@@ -790,9 +924,10 @@ BEGIN
     found := found || ARRAY(
         SELECT jsonb_build_object('problem', format('the table public.%s lacks the columns %s',
             c.relname, string_agg(n.name, ', ' ORDER BY n.name)), 'cure',
-            CASE WHEN bool_and((c.relname, n.name) <> ('turns', 'turn_id') AND n.name IN
+            CASE WHEN bool_and((c.relname, n.name) <> ('turns', 'turn_id')
+                AND c.relname <> 'usage_of_erased' AND n.name IN
                 ('name', 'settings', 'channel', 'user_id', 'metadata', 'turn_id',
-                'history_truncated', 'stop_asked'))
+                'history_truncated', 'stop_asked', 'side'))
             THEN again ELSE 'restore the table from a backup' END)
         FROM pg_class c, jsonb_array_elements_text(wanted->c.relname::text) AS n (name)
         WHERE c.oid = ANY (ours) AND NOT EXISTS (
@@ -981,7 +1116,8 @@ BEGIN
                     format('DROP CONSTRAINT %I, ', f.conname) END, k.col, k.other, k.other_col))
             FROM (VALUES ('sessions', 'chatbot_id', 'chatbots', 'id'),
                 ('conversations', 'session_id', 'sessions', 'session_id'),
-                ('turns', 'session_id', 'sessions', 'session_id')) AS k (tab, col, other, other_col)
+                ('turns', 'session_id', 'sessions', 'session_id'),
+                ('usage_of_erased', 'chatbot_id', 'chatbots', 'id')) AS k (tab, col, other, other_col)
             LEFT JOIN pg_constraint f ON f.contype = 'f'
                 AND f.conrelid = to_regclass('public.' || k.tab)
                 AND f.confrelid = to_regclass('public.' || k.other)
@@ -1018,6 +1154,7 @@ ALTER TABLE public.chatbots ENABLE ROW LEVEL SECURITY;
 ALTER TABLE public.sessions ENABLE ROW LEVEL SECURITY;
 ALTER TABLE public.conversations ENABLE ROW LEVEL SECURITY;
 ALTER TABLE public.turns ENABLE ROW LEVEL SECURITY;
+ALTER TABLE public.usage_of_erased ENABLE ROW LEVEL SECURITY;
 
 DO $$
 DECLARE
@@ -1027,7 +1164,7 @@ BEGIN
     FOREACH nobody IN ARRAY ARRAY['public', 'anon', 'authenticated'] LOOP
         IF nobody = 'public' OR EXISTS (SELECT FROM pg_roles WHERE rolname = nobody) THEN
             EXECUTE format('REVOKE ALL ON public.chatbots, public.sessions, public.conversations,
-                public.turns FROM %s', nobody);
+                public.turns, public.usage_of_erased FROM %s', nobody);
             EXECUTE format('REVOKE ALL ON SEQUENCE public.conversations_id_seq FROM %s', nobody);
             FOR made IN SELECT p.oid::regprocedure FROM pg_proc p
                 WHERE p.pronamespace = 'public'::regnamespace AND p.proname LIKE 'chatd\_%' LOOP
@@ -1038,7 +1175,7 @@ BEGIN
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'service_role') THEN
         GRANT USAGE ON SCHEMA public TO service_role;
         GRANT SELECT, INSERT, UPDATE, DELETE ON public.chatbots, public.sessions,
-            public.conversations, public.turns TO service_role;
+            public.conversations, public.turns, public.usage_of_erased TO service_role;
         GRANT USAGE ON SEQUENCE public.conversations_id_seq TO service_role;
         FOR made IN SELECT p.oid::regprocedure FROM pg_proc p
             WHERE p.pronamespace = 'public'::regnamespace AND p.proname LIKE 'chatd\_%' LOOP

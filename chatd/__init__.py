@@ -63,6 +63,8 @@ from chatd.storage import (
     Storage,
     Tally,
     TurnRecord,
+    UsageBy,
+    UsageTotal,
 )
 
 __version__ = "0.1.0"
@@ -124,7 +126,9 @@ __all__ = [
     "TurnRefused",
     "TurnStatus",
     "Usage",
+    "UsageBy",
     "UsageReport",
+    "UsageTotal",
     "__version__",
     "hookimpl",
 ]

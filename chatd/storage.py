@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from chatd.domain import Chatbot, Message, Session, StoredMessage, TurnStatus, Usage
 
 Rating = Literal["up", "down"]
+UsageBy = Literal["day", "model", "side"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,11 @@ class BegunTurn:
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """A turn as it is stored. `reply` is what was said, in whole or up to where it ended."""
+    """A turn as it is stored. `reply` is what was said, in whole or up to where it ended.
+
+    `side` is what splitting the traffic chose for it, like `main/openai/gpt-5`; None when nothing
+    was split.
+    """
 
     id: str
     session_id: str
@@ -74,6 +79,7 @@ class TurnRecord:
     finished_at: datetime | None = None
     history_truncated: bool = False
     run: int = 1
+    side: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ class ExistingTurn:
 class FinishTurn:
     """How a turn ended. `status` is any but `running`; an empty `reply` stores no message.
 
-    `run` is what `BegunTurn` said.
+    `run` is what `BegunTurn` said, and `side` what splitting the traffic chose.
 
     `rerunnable` says that no model was reached, so that the same idempotency key may run it
     again.
@@ -105,6 +111,34 @@ class FinishTurn:
     rerunnable: bool = False
     run: int = 1
     history_truncated: bool = False
+    side: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UsageTotal:
+    """What a chatbot's turns took, of one day, model or side: `key` says of which.
+
+    A day is that of a turn's start in UTC, like `2026-01-31`; a model the one that answered. `turns`
+    are those that ended, however they did. Tokens and cost are the sum of what is known of them,
+    and None when nothing is. `unknown_cost` are the turns that may have cost something beside:
+    they have no cost, and are not `rerunnable`, for such a turn reached no model.
+    """
+
+    chatbot_id: str
+    key: str | None
+    turns: int = 0
+    completed: int = 0
+    failed: int = 0
+    stopped: int = 0
+    interrupted: int = 0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cost_usd: float | None = None
+    unknown_cost: int = 0
+    rated_up: int = 0
+    rated_down: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +160,8 @@ PART_MESSAGE_CHARS = 256
 class Tally:
     """What a session holds, counted. Two storages whose tallies are equal hold the same of it.
 
-    `chars` are code points, of messages and of comments; `ended` are turns that do not run.
+    `chars` are code points, of messages and of comments; `ended` are turns that do not run, and
+    `priced` those whose cost is known.
     """
 
     messages: int = 0
@@ -135,6 +170,7 @@ class Tally:
     ended: int = 0
     rated_up: int = 0
     rated_down: int = 0
+    priced: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +278,12 @@ class Storage(Protocol):
         """The session with this id."""
 
     async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
-        """Erases a session with its messages and turns; False when there was none."""
+        """Erases a session with its messages and turns; False when there was none.
+
+        What its turns took stays in `usage_totals`, without a word that was said and without the
+        ids of turns, session and user. A turn that runs counts there as interrupted, with unknown
+        cost.
+        """
 
     async def list_messages(
         self, session_id: str, chatbot_id: str, *, limit: int, before: int | None = None
@@ -280,6 +321,13 @@ class Storage(Protocol):
         stored and the answer is False.
         """
 
+    async def settle_turn(self, turn_id: str, run: int, usage: Usage) -> bool:
+        """Replaces what a turn took, once that is known better than when it ended.
+
+        Nothing else of the turn changes. Repeated, it changes nothing and says True. False when
+        there is no such turn, when it still runs and when its run is another.
+        """
+
     async def renew_turns(self, turns: Sequence[tuple[str, int]], lease_seconds: float) -> Renewed:
         """Lets the leases of these turns (id and run) end `lease_seconds` from now.
 
@@ -300,6 +348,21 @@ class Storage(Protocol):
         self, turn_id: str, session_id: str, rating: Rating | None, comment: str | None
     ) -> bool:
         """Keeps what a visitor thinks of a turn; False when the session has no such turn."""
+
+    async def usage_totals(
+        self,
+        *,
+        by: UsageBy,
+        chatbot_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> Sequence[UsageTotal]:
+        """What turns took, of all chatbots or of one, in the order of chatbots and keys; None last.
+
+        Counts turns that ended and began at `since` or later and before `until`, and those of
+        erased sessions. Of the latter only the day is known: a day counts when its start lies in
+        that time. Nothing of a removed chatbot is left.
+        """
 
     async def sweep(self) -> int:
         """Marks running turns as interrupted whose process is gone, and says how many.

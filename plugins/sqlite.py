@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -96,6 +97,31 @@ _MIGRATIONS = (
     ALTER TABLE turns ADD COLUMN history_truncated INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE turns ADD COLUMN stop_asked INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    ALTER TABLE turns ADD COLUMN side TEXT;
+    CREATE INDEX turns_by_start ON turns (started_at);
+    CREATE TABLE usage_of_erased (
+        chatbot_id TEXT NOT NULL REFERENCES chatbots(id) ON DELETE CASCADE,
+        day TEXT NOT NULL,
+        model TEXT,
+        side TEXT,
+        turns INTEGER NOT NULL,
+        completed INTEGER NOT NULL,
+        failed INTEGER NOT NULL,
+        stopped INTEGER NOT NULL,
+        interrupted INTEGER NOT NULL,
+        input_tokens INTEGER,
+        output_tokens INTEGER,
+        cached_tokens INTEGER,
+        reasoning_tokens INTEGER,
+        cost_usd REAL,
+        unknown_cost INTEGER NOT NULL,
+        rated_up INTEGER NOT NULL,
+        rated_down INTEGER NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX usage_of_erased_day ON usage_of_erased
+        (chatbot_id, day, ifnull(model, ''), ifnull(side, ''));
+    """,
 )
 """Forward migrations: the n-th brings a database of version n to n + 1. Never edit, only add."""
 
@@ -105,7 +131,7 @@ _TURN = (
     "t.turn_id, t.session_id, s.chatbot_id, t.status, t.label, c.content, t.model, t.provider,"
     " t.finish_reason, t.error_code, t.input_tokens, t.output_tokens, t.cached_tokens,"
     " t.reasoning_tokens, t.cost_usd, t.attempts, t.rating, t.comment, t.started_at, t.finished_at,"
-    " t.history_truncated, t.run"
+    " t.history_truncated, t.run, t.side"
 )
 _TURN_FROM = (
     " FROM turns t JOIN sessions s ON s.session_id = t.session_id"
@@ -453,9 +479,15 @@ class SQLiteStorage:
         return _session(row) if row else None
 
     async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
-        return await self._change(
-            "DELETE FROM sessions WHERE session_id = ? AND chatbot_id = ?", (session_id, chatbot_id)
-        )
+        def work(db: apsw.Connection) -> bool:
+            db.execute(_KEEP_USAGE, (session_id, chatbot_id))
+            db.execute(
+                "DELETE FROM sessions WHERE session_id = ? AND chatbot_id = ?",
+                (session_id, chatbot_id),
+            )
+            return db.changes() > 0
+
+        return await self._writer.submit(work)
 
     async def list_messages(
         self, session_id: str, chatbot_id: str, *, limit: int, before: int | None = None
@@ -482,6 +514,14 @@ class SQLiteStorage:
 
     async def finish_turn(self, result: chatd.FinishTurn) -> bool:
         return await self._writer.submit(lambda db: _finish(db, result))
+
+    async def settle_turn(self, turn_id: str, run: int, usage: chatd.Usage) -> bool:
+        return await self._change(
+            "UPDATE turns SET input_tokens = ?, output_tokens = ?, cached_tokens = ?,"
+            " reasoning_tokens = ?, cost_usd = ?"
+            " WHERE turn_id = ? AND run = ? AND status <> 'running'",
+            (*dataclasses.astuple(usage), turn_id, run),
+        )
 
     async def renew_turns(
         self, turns: Sequence[tuple[str, int]], lease_seconds: float
@@ -533,6 +573,18 @@ class SQLiteStorage:
             (rating, comment, turn_id, session_id),
         )
 
+    async def usage_totals(
+        self,
+        *,
+        by: chatd.UsageBy,
+        chatbot_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> Sequence[chatd.UsageTotal]:
+        sql, values = _usage_query(by, chatbot_id, since, until)
+        rows: list[Any] = await self._reader.submit(lambda db: db.execute(sql, values).fetchall())
+        return [chatd.UsageTotal(*row) for row in rows]
+
     async def sweep(self) -> int:
         self._require_file()
         alone = False
@@ -570,8 +622,8 @@ class SQLiteStorage:
         row = await self._reader.submit(lambda db: db.execute(_TALLY, (session_id,)).fetchone())
         if row is None:
             return None
-        messages, chars, comments, turns, ended, up, down = row
-        return chatd.Tally(messages, chars + comments, turns, ended, up, down)
+        messages, chars, comments, turns, ended, up, down, priced = row
+        return chatd.Tally(messages, chars + comments, turns, ended, up, down, priced)
 
     async def export_session(self, session_id: str, *, place: int = 0) -> chatd.SessionPart | None:
         return await self._reader.submit(lambda db: _export(db, session_id, place))
@@ -581,14 +633,15 @@ class SQLiteStorage:
 
 
 _TALLY = """
-    SELECT m.messages, m.chars, t.comments, t.turns, t.ended, t.up, t.down
+    SELECT m.messages, m.chars, t.comments, t.turns, t.ended, t.up, t.down, t.priced
     FROM sessions s,
         (SELECT count(*) AS messages, coalesce(sum(length(content)), 0) AS chars
          FROM conversations WHERE session_id = ?1) m,
         (SELECT coalesce(sum(length(comment)), 0) AS comments, count(*) AS turns,
              count(*) FILTER (WHERE status <> 'running') AS ended,
              count(*) FILTER (WHERE rating = 'up') AS up,
-             count(*) FILTER (WHERE rating = 'down') AS down
+             count(*) FILTER (WHERE rating = 'down') AS down,
+             count(cost_usd) AS priced
          FROM turns WHERE session_id = ?1) t
     WHERE s.session_id = ?1
 """
@@ -596,6 +649,70 @@ _INTERRUPT = (
     "UPDATE turns SET status = 'interrupted', error_code = 'process_lost',"
     " finished_at = unixepoch('subsec') WHERE status = 'running'"
 )
+
+
+_FIGURES = (
+    "turns, completed, failed, stopped, interrupted, input_tokens, output_tokens, cached_tokens,"
+    " reasoning_tokens, cost_usd, unknown_cost, rated_up, rated_down"
+)
+"""The columns of `usage_of_erased` that are sums, in the order of `chatd.UsageTotal`."""
+
+_DAY = "date(CAST(t.started_at AS INTEGER), 'unixepoch')"
+_COUNTED = """
+    count(*) AS turns,
+    count(*) FILTER (WHERE t.status = 'completed') AS completed,
+    count(*) FILTER (WHERE t.status = 'failed') AS failed,
+    count(*) FILTER (WHERE t.status = 'stopped') AS stopped,
+    count(*) FILTER (WHERE t.status IN ('interrupted', 'running')) AS interrupted,
+    sum(t.input_tokens) AS input_tokens, sum(t.output_tokens) AS output_tokens,
+    sum(t.cached_tokens) AS cached_tokens, sum(t.reasoning_tokens) AS reasoning_tokens,
+    sum(t.cost_usd) AS cost_usd,
+    count(*) FILTER (WHERE t.cost_usd IS NULL AND NOT t.rerunnable) AS unknown_cost,
+    count(*) FILTER (WHERE t.rating = 'up') AS rated_up,
+    count(*) FILTER (WHERE t.rating = 'down') AS rated_down
+"""
+"""`_FIGURES` of turns t."""
+
+_KEEP_USAGE = f"""
+    INSERT INTO usage_of_erased AS u (chatbot_id, day, model, side, {_FIGURES})
+    SELECT s.chatbot_id, {_DAY}, t.model, t.side, {_COUNTED}
+    FROM sessions s JOIN turns t ON t.session_id = s.session_id
+    WHERE s.session_id = ? AND s.chatbot_id = ?
+    GROUP BY s.chatbot_id, {_DAY}, t.model, t.side
+    ON CONFLICT (chatbot_id, day, ifnull(model, ''), ifnull(side, '')) DO UPDATE SET
+""" + ", ".join(
+    # What is unknown on both sides stays so.
+    f"{name} = coalesce(u.{name} + excluded.{name}, u.{name}, excluded.{name})"
+    for name in _FIGURES.split(", ")
+)
+
+
+def _usage_query(
+    by: chatd.UsageBy, chatbot_id: str | None, since: datetime | None, until: datetime | None
+) -> tuple[str, dict[str, Any]]:
+    """The query of `usage_totals`, and what it is given."""
+    values = {"bot": chatbot_id, "since": _seconds(since), "until": _seconds(until)}
+    # Without a +, SQLite would read all of a chatbot's turns for a day's.
+    bot = "s.chatbot_id" if since is None else "+s.chatbot_id"
+    ended = {"bot": f"{bot} = :bot", "since": "t.started_at >= :since"}
+    ended["until"] = "t.started_at < :until"
+    erased = {"bot": "e.chatbot_id = :bot", "since": "unixepoch(e.day) >= :since"}
+    erased["until"] = "unixepoch(e.day) < :until"
+    given = [name for name, value in values.items() if value is not None]
+    key = {"day": _DAY, "model": "t.model", "side": "t.side"}[by]
+    sums = ", ".join(f"sum({name})" for name in _FIGURES.split(", "))
+    sql = f"""
+        SELECT chatbot_id, key, {sums} FROM (
+            SELECT s.chatbot_id, {key} AS key, {_COUNTED}
+            FROM turns t JOIN sessions s ON s.session_id = t.session_id
+            WHERE {" AND ".join(["t.status <> 'running'", *(ended[name] for name in given)])}
+            GROUP BY s.chatbot_id, {key}
+            UNION ALL
+            SELECT e.chatbot_id, e.{by}, {_FIGURES} FROM usage_of_erased e
+            WHERE {" AND ".join(["true", *(erased[name] for name in given)])})
+        GROUP BY chatbot_id, key ORDER BY chatbot_id, key NULLS LAST
+    """
+    return sql, {name: values[name] for name in given}
 
 
 def _take_lock(path: Path) -> tuple[IO[bytes], bool]:
@@ -757,12 +874,11 @@ def _finish(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
             (session_id, result.reply, result.turn_id),
         )
         reply_id = db.last_insert_rowid()
-    usage = result.usage
     db.execute(
         "UPDATE turns SET status = ?, rerunnable = ?, reply_id = ?, model = ?, provider = ?,"
         " finish_reason = ?, error_code = ?, input_tokens = ?, output_tokens = ?,"
         " cached_tokens = ?, reasoning_tokens = ?, cost_usd = ?, attempts = ?,"
-        " history_truncated = ?, finished_at = unixepoch('subsec') WHERE turn_id = ?",
+        " history_truncated = ?, side = ?, finished_at = unixepoch('subsec') WHERE turn_id = ?",
         (
             result.status,
             result.rerunnable,
@@ -771,13 +887,10 @@ def _finish(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
             result.provider,
             result.finish_reason,
             result.error_code,
-            usage.input_tokens,
-            usage.output_tokens,
-            usage.cached_tokens,
-            usage.reasoning_tokens,
-            usage.cost_usd,
+            *dataclasses.astuple(result.usage),
             json.dumps(list(result.attempts)),
             result.history_truncated,
+            result.side,
             result.turn_id,
         ),
     )
@@ -788,7 +901,7 @@ _EXPORTED = (
     "turn_id, seq, status, label, idempotency_key, request_hash, rerunnable, run, reply_id, model,"
     " provider, finish_reason, error_code, input_tokens, output_tokens, cached_tokens,"
     " reasoning_tokens, cost_usd, attempts, rating, comment, started_at, finished_at,"
-    " history_truncated"
+    " history_truncated, side"
 )
 
 
@@ -824,7 +937,9 @@ def _exported(row: Any, session: chatd.Session) -> chatd.ExportedTurn:
     model, provider, finish_reason, error_code = rest[:4]
     record = (id, session.id, session.chatbot_id, status, label, None)
     return chatd.ExportedTurn(
-        turn=_turn((*record, model, provider, finish_reason, error_code, *rest[4:], run)),
+        turn=_turn(
+            (*record, model, provider, finish_reason, error_code, *rest[4:-1], run, rest[-1])
+        ),
         seq=seq,
         rerunnable=bool(rerunnable),
         idempotency_key=key,
@@ -934,6 +1049,7 @@ def _import_turn(db: apsw.Connection, exported: chatd.ExportedTurn, reply_id: in
         "started_at": _seconds(turn.started_at or datetime.now(UTC)),
         "finished_at": _seconds(turn.finished_at),
         "history_truncated": turn.history_truncated,
+        "side": turn.side,
     }
     updates = {name: f"excluded.{name}" for name in values if name not in _KEPT}
     updates["reply_id"] = "coalesce(excluded.reply_id, reply_id)"
@@ -1068,7 +1184,7 @@ def _turn(row: Any) -> chatd.TurnRecord:
     id, session, chatbot, status, label, reply, model, provider, finish_reason, error_code = row[
         :10
     ]
-    attempts, rating, comment, started_at, finished_at, history_truncated, run = row[15:]
+    attempts, rating, comment, started_at, finished_at, history_truncated, run, side = row[15:]
     return chatd.TurnRecord(
         id=id,
         session_id=session,
@@ -1088,6 +1204,7 @@ def _turn(row: Any) -> chatd.TurnRecord:
         finished_at=_time(finished_at),
         history_truncated=bool(history_truncated),
         run=run,
+        side=side,
     )
 
 

@@ -22,7 +22,7 @@ import chatd
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """What `chatd_schema_version()` of this version's schema.sql answers."""
 
 SHARED_CALLS = 4
@@ -223,7 +223,6 @@ class FunctionStorage:
         )
 
     async def finish_turn(self, result: chatd.FinishTurn) -> bool:
-        usage = result.usage
         return _true(
             await self._finish.ask(
                 {
@@ -234,17 +233,19 @@ class FunctionStorage:
                     "provider": result.provider,
                     "finish_reason": result.finish_reason,
                     "error_code": result.error_code,
-                    "input_tokens": usage.input_tokens,
-                    "output_tokens": usage.output_tokens,
-                    "cached_tokens": usage.cached_tokens,
-                    "reasoning_tokens": usage.reasoning_tokens,
-                    "cost_usd": usage.cost_usd,
+                    **_usage_args(result.usage),
                     "attempts": list(result.attempts),
                     "rerunnable": result.rerunnable,
                     "run": result.run,
                     "history_truncated": result.history_truncated,
+                    "side": result.side,
                 }
             )
+        )
+
+    async def settle_turn(self, turn_id: str, run: int, usage: chatd.Usage) -> bool:
+        return _true(
+            await self._ask("chatd_settle_turn", id=turn_id, run=run, **_usage_args(usage))
         )
 
     async def renew_turns(
@@ -277,6 +278,19 @@ class FunctionStorage:
                 comment=comment,
             )
         )
+
+    async def usage_totals(
+        self,
+        *,
+        by: chatd.UsageBy,
+        chatbot_id: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> Sequence[chatd.UsageTotal]:
+        found = await self._ask(
+            "chatd_usage_totals", by=by, chatbot_id=chatbot_id, since=since, until=until
+        )
+        return [chatd.UsageTotal(**total) for total in found]
 
     async def sweep(self) -> int:
         return int(await self._ask("chatd_sweep"))
@@ -421,7 +435,7 @@ def _turn_args(exported: chatd.ExportedTurn, places: Mapping[int, int]) -> dict[
 
     :param places: where the part's messages stand in it, by id.
     """
-    turn, usage = exported.turn, exported.turn.usage
+    turn = exported.turn
     lost = turn.status is chatd.TurnStatus.RUNNING
     return {
         "turn_id": turn.id,
@@ -437,17 +451,24 @@ def _turn_args(exported: chatd.ExportedTurn, places: Mapping[int, int]) -> dict[
         "provider": turn.provider,
         "finish_reason": turn.finish_reason,
         "error_code": "process_lost" if lost else turn.error_code,
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "reasoning_tokens": usage.reasoning_tokens,
-        "cost_usd": usage.cost_usd,
+        **_usage_args(turn.usage),
         "attempts": list(turn.attempts),
         "rating": turn.rating,
         "comment": turn.comment,
         "started_at": turn.started_at,
         "finished_at": turn.finished_at,
         "history_truncated": turn.history_truncated,
+        "side": turn.side,
+    }
+
+
+def _usage_args(usage: chatd.Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "cost_usd": usage.cost_usd,
     }
 
 
@@ -477,6 +498,7 @@ def _turn(found: Mapping[str, Any]) -> chatd.TurnRecord:
         finished_at=_time(found["finished_at"]),
         history_truncated=found["history_truncated"],
         run=found["run"],
+        side=found["side"],
     )
 
 

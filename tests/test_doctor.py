@@ -117,6 +117,15 @@ DAMAGE = [
         "shows public.conversations to anon",
         "REVOKE",
     ),
+    (
+        "DROP TABLE usage_of_erased CASCADE",
+        "the table public.usage_of_erased is missing",
+        "schema.sql",
+    ),
+    ("GRANT SELECT ON usage_of_erased TO anon", "anon may SELECT", "public.usage_of_erased"),
+    ("DROP INDEX usage_of_erased_day", "the index usage_of_erased_day is missing", "schema.sql"),
+    ("DROP FUNCTION chatd_settle_turn", "functions are missing: chatd_settle_turn", "schema.sql"),
+    ("ALTER TABLE turns DROP COLUMN side", "lacks the columns side", "schema.sql"),
     ("ALTER TABLE sessions DROP COLUMN channel", "lacks the columns channel", "schema.sql"),
     ("DROP TABLE turns CASCADE", "the table public.turns is missing", "schema.sql"),
     (

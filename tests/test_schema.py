@@ -90,6 +90,52 @@ def test_running_it_again_changes_nothing(postgres: Postgres) -> None:
     assert "an old answer" in before
 
 
+VERSION_3 = """
+DROP FUNCTION chatd_usage_totals; DROP FUNCTION chatd_usage; DROP FUNCTION chatd_settle_turn;
+DROP TABLE usage_of_erased; DROP INDEX turns_by_start; ALTER TABLE turns DROP COLUMN side;
+CREATE OR REPLACE FUNCTION public.chatd_schema_version() RETURNS integer
+LANGUAGE sql STABLE SET search_path = '' AS $$ SELECT 3 $$;
+CREATE OR REPLACE FUNCTION public.chatd_delete_session(args jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+BEGIN
+    DELETE FROM public.sessions WHERE session_id = (args->>'id')::uuid
+        AND chatbot_id = (args->>'chatbot_id')::uuid;
+    RETURN to_jsonb(FOUND);
+END $$;
+"""
+"""Takes a database back to what the schema's version 3 was."""
+
+
+def test_a_database_of_version_3_is_brought_up_to_date_with_its_turns(tmp_path: Path) -> None:
+    server = Postgres()
+    bot, session, turn = new_id(), new_id(), new_id()
+    config = ["--config", str(ROOT / "config" / "postgres.yaml")]
+    env = {"DATABASE_URL": server.url}
+    try:
+        server.execute(
+            ROLES,
+            SCHEMA,
+            f"INSERT INTO chatbots (id, api_key, model_name) VALUES ('{bot}', 'k', 'm');"
+            f"INSERT INTO sessions (session_id, chatbot_id) VALUES ('{session}', '{bot}');"
+            "INSERT INTO turns (turn_id, session_id, seq, status, lease_until, cost_usd, model)"
+            f" VALUES ('{turn}', '{session}', 1, 'completed', now(), 0.25, 'm');",
+        )
+        fresh = dump(server)
+        server.execute(VERSION_3)
+        old = chatd_command("migrate", "--check", *config, cwd=tmp_path, env=env)
+        assert old.returncode == 1
+        assert "schema version 3, this chatd wants 4" in old.stderr
+        server.execute(SCHEMA)
+        assert dump(server) == fresh
+        for _ in ("stored", "erased"):
+            usage = chatd_command("usage", "--json", *config, cwd=tmp_path, env=env)
+            assert [(u["turns"], u["cost_usd"]) for u in json.loads(usage.stdout)] == [(1, 0.25)]
+            erased = json.dumps({"id": session, "chatbot_id": bot})
+            server.execute(f"SELECT chatd_delete_session('{erased}')")
+    finally:
+        server.close()
+
+
 def test_an_adopted_session_goes_on_with_its_history(postgres: Postgres) -> None:
     postgres.execute(SCHEMA)
     item = {
@@ -206,7 +252,7 @@ def call(url: str, key: str | None, method: str = "GET", body: Any = None) -> tu
             return error.code, error.read().decode()
 
 
-TABLES = ["chatbots", "sessions", "conversations", "turns"]
+TABLES = ["chatbots", "sessions", "conversations", "turns", "usage_of_erased"]
 FUNCTIONS = sorted(set(re.findall(r"FUNCTION public\.(chatd_\w+)\(", SCHEMA)))
 
 
@@ -249,7 +295,7 @@ def test_row_level_security_is_on_without_any_policy(database: Supabase) -> None
         f"SELECT count(*) FROM pg_class WHERE relrowsecurity AND relname IN ({names});"
         "SELECT count(*) FROM pg_policies;"
     ).split()
-    assert secured == ["4", "0"]
+    assert secured == ["5", "0"]
 
 
 def test_every_function_pins_its_search_path(database: Supabase) -> None:
@@ -273,10 +319,10 @@ INSERT INTO chatbots (id, api_key, model_name) VALUES ('{bot}', 'many', 'm');
 INSERT INTO sessions (session_id, chatbot_id)
     SELECT ('00000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid, '{bot}'
     FROM generate_series(1, 20000) i;
-INSERT INTO turns (turn_id, session_id, seq, status, lease_until)
+INSERT INTO turns (turn_id, session_id, seq, status, lease_until, started_at)
     SELECT ('10000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid,
         ('00000000-0000-4000-8000-' || lpad((1 + i % 20000)::text, 12, '0'))::uuid,
-        i / 20000 + 1, 'completed', now()
+        i / 20000 + 1, 'completed', now(), timestamptz '2024-01-01Z' + i * interval '1 minute'
     FROM generate_series(0, 499999) i;
 INSERT INTO conversations (session_id, role, content, turn_id)
     SELECT t.session_id, r.role, 'some words', t.turn_id
@@ -296,6 +342,7 @@ QUERIES = {
     "chatd_tally_sessions": """'[{{"id": "{session}"}}]'""",
     "chatd_export_sessions": "'[{export}]'",
     "chatd_import_sessions": "'[{part}]'",
+    "chatd_settle_turn": """'{{"id": "{id}", "run": 1, "cost_usd": 0.5}}'""",
     "chatd_delete_session": """'{{"id": "{session}", "chatbot_id": "{bot}"}}'""",
 }
 """Every query over what grows. Chatbots are few."""
@@ -316,10 +363,34 @@ def test_every_query_uses_an_index_at_a_million_messages(database: Supabase) -> 
     said = [["user", "hi", "2024-01-01T00:00:00Z", moved["turn_id"]]]
     part = {"id": session, "chatbot_id": bot, "metadata": {}, "place": 40, "messages": said}
     values |= {"part": json.dumps(part | {"turns": [moved | {"reply_id": 0, "rerunnable": False}]})}
+    result = explained(database, {f: a.format(**values) for f, a in QUERIES.items()})
+    day = {"since": "2024-03-01T00:00:00Z", "until": "2024-03-02T00:00:00Z"}
+    few = new_id()
+    database.postgres.execute(
+        f"INSERT INTO chatbots (id, api_key, model_name) VALUES ('{few}', 'few', 'm');"
+        f"UPDATE sessions SET chatbot_id = '{few}' WHERE session_id IN"
+        f" (SELECT session_id FROM sessions LIMIT 9); ANALYZE sessions;"
+    )
+    reports = [
+        explained(database, {"chatd_usage_totals": f"'{json.dumps({'by': 'day'} | asked)}'"})
+        for asked in (day, day | {"chatbot_id": bot}, {"chatbot_id": few})
+    ]
+    database.empty()
+    assert result.count("Index") > 20, result
+    scans = re.findall(r"Seq Scan on (?:public\.)?(\w+)", result)
+    assert not set(scans) & {"sessions", "turns", "conversations"}, result
+    for report, index in zip(reports, ("turns_by_start",) * 2 + ("turns_of_session",), strict=True):
+        # A day's turns may be joined with all sessions, which are far fewer than turns.
+        assert index in report, report
+        assert "Seq Scan on turns" not in report, report
+
+
+def explained(database: Supabase, calls: dict[str, str]) -> str:
+    """The plans of all that these functions do with these arguments."""
     script = "LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0;"
     script += "SET auto_explain.log_nested_statements = on; SET client_min_messages = log;"
-    for function, arguments in QUERIES.items():
-        script += f"\\echo == {function}\nSELECT public.{function}({arguments.format(**values)});\n"
+    for function, arguments in calls.items():
+        script += f"\\echo == {function}\nSELECT public.{function}({arguments});\n"
     result = subprocess.run(
         [str(database.postgres.bin / "psql"), database.postgres.url, "-XqAt", "-f", "-"],
         input=script,
@@ -329,8 +400,5 @@ def test_every_query_uses_an_index_at_a_million_messages(database: Supabase) -> 
         timeout=120,
         check=True,
     ).stdout
-    database.empty()
     assert "ERROR" not in result
-    assert result.count("Index") > 20, result
-    scans = re.findall(r"Seq Scan on (?:public\.)?(\w+)", result)
-    assert not set(scans) & {"sessions", "turns", "conversations"}, result
+    return result

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,7 @@ async def test_every_older_database_is_brought_to_the_newest_version(tmp_path: P
     from chatd_plugins import sqlite
 
     newest = len(sqlite._MIGRATIONS)
+    assert newest == 3
     for version in range(newest + 1):
         path = tmp_path / f"{version}.db"
         connection = apsw.Connection(str(path))
@@ -343,3 +345,55 @@ async def test_every_older_database_is_brought_to_the_newest_version(tmp_path: P
         connection = apsw.Connection(str(path))
         assert connection.execute("SELECT max(version) FROM chatd_schema").get == newest
         connection.close()
+
+
+async def test_a_database_of_version_2_keeps_its_turns_and_totals_them(path: Path) -> None:
+    from chatd_plugins import sqlite
+
+    bot, session, turn = a_chatbot(), new_id(), new_id()
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE chatd_schema (version INTEGER NOT NULL) STRICT")
+    for number, script in enumerate(sqlite._MIGRATIONS[:2], start=1):
+        connection.execute(script)
+        connection.execute("INSERT INTO chatd_schema VALUES (?)", (number,))
+    connection.execute(
+        "INSERT INTO chatbots (id, api_key, model_name, name, settings)"
+        " VALUES (:bot, 'sha256:00', 'm', 'Bot', '{}');"
+        "INSERT INTO sessions (session_id, chatbot_id) VALUES (:session, :bot);"
+        "INSERT INTO turns (turn_id, seq, session_id, status, lease_until, cost_usd, started_at)"
+        " VALUES (:turn, 1, :session, 'completed', 0, 0.25, 1709164800)",
+        {"bot": bot.id, "session": session, "turn": turn},
+    )
+    connection.close()
+    storage = await open_sqlite({"path": str(path)})
+    record = await storage.get_turn(turn, bot.id)
+    assert record is not None
+    assert (record.usage.cost_usd, record.side) == (0.25, None)
+    for _ in ("stored", "erased"):
+        (total,) = await storage.usage_totals(by="day")
+        assert (total.key, total.turns, total.cost_usd) == ("2024-02-29", 1, 0.25)
+        await storage.delete_session(session, bot.id)
+    await storage.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "index"),
+    [
+        ({"since": True, "until": True}, "turns_by_start"),
+        ({"chatbot_id": True, "since": True, "until": True}, "turns_by_start"),
+        ({"chatbot_id": True}, "turns_of_session"),
+    ],
+)
+async def test_usage_of_a_day_or_a_chatbot_does_not_read_all_turns(
+    storage: SQLiteStorage, path: Path, asked: dict[str, bool], index: str
+) -> None:
+    from chatd_plugins import sqlite
+
+    given = {"chatbot_id": new_id(), "since": datetime.now(UTC), "until": datetime.now(UTC)}
+    known = {name: value if name in asked else None for name, value in given.items()}
+    sql, values = sqlite._usage_query("day", **known)  # type: ignore[arg-type]
+    connection = apsw.Connection(str(path))
+    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+    connection.close()
+    assert any(index in step for step in plan), plan
+    assert not any(step.startswith(("SCAN t", "SCAN s")) for step in plan), plan

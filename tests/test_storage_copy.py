@@ -142,6 +142,7 @@ async def fill(path: Path, sessions: int = 20, long: int = 0) -> None:
                     usage=Usage(10, 20, None, 3, 0.1 + 0.2),
                     attempts=[{"provider": "p", "ms": 1.5, "error": None}],
                     rerunnable=status is TurnStatus.FAILED,
+                    side=[None, "main/m"][n % 2],
                 )
             )
             if n == 0:

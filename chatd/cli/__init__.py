@@ -13,6 +13,7 @@ from chatd.cli.check import check
 from chatd.cli.common import CliContext, configured, reports_errors
 from chatd.cli.doctor import doctor
 from chatd.cli.serve import serve
+from chatd.cli.usage import usage
 from chatd.errors import ChatdError
 
 
@@ -61,5 +62,6 @@ main.add_command(chat.chat)
 main.add_command(init.init)
 main.add_command(doctor)
 main.add_command(storage.storage)
+main.add_command(usage)
 
 __all__ = ["main"]

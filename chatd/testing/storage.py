@@ -17,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, get_args
 
 import pytest
 from tornado.ioloop import IOLoop
@@ -28,6 +28,7 @@ from chatd.domain import (
     ChatbotSettings,
     Message,
     Session,
+    StoredMessage,
     TurnStatus,
     Usage,
     hash_api_key,
@@ -41,11 +42,15 @@ from chatd.storage import (
     BeginTurn,
     BegunTurn,
     ExistingTurn,
+    ExportedTurn,
     FinishTurn,
     Renewed,
     SessionPart,
     Storage,
     Tally,
+    TurnRecord,
+    UsageBy,
+    UsageTotal,
 )
 
 Opener = Callable[[], Awaitable[Storage]]
@@ -651,6 +656,7 @@ class StorageConformance:
                 finish_reason="stop",
                 usage=Usage(10, 20, 5, 3, 0.00012),
                 attempts=attempts,
+                side="main/openai/gpt-5",
             )
         )
         assert stored is True
@@ -662,6 +668,7 @@ class StorageConformance:
         assert (record.finish_reason, record.error_code) == ("stop", None)
         assert record.usage == Usage(10, 20, 5, 3, 0.00012)
         assert list(record.attempts) == attempts
+        assert record.side == "main/openai/gpt-5"
         assert record.started_at is not None
         assert record.finished_at is not None
         assert record.started_at <= record.finished_at
@@ -671,6 +678,14 @@ class StorageConformance:
         record = await storage.get_turn(turn, session.chatbot_id)
         assert record is not None
         assert record.usage == Usage()
+
+    async def test_a_turn_of_which_nothing_was_split_has_no_side(
+        self, storage: Storage, session: Session
+    ) -> None:
+        turn = await _complete(storage, session, "q", "a")
+        record = await storage.get_turn(turn, session.chatbot_id)
+        assert record is not None
+        assert record.side is None
 
     @pytest.mark.parametrize(
         "status", [TurnStatus.COMPLETED, TurnStatus.STOPPED, TurnStatus.INTERRUPTED]
@@ -733,6 +748,231 @@ class StorageConformance:
         record = await storage.get_turn(turn, session.chatbot_id)
         assert record is not None
         assert (record.rating, record.comment) == (None, None)
+
+    # What turns took
+
+    @pytest.mark.parametrize(
+        "status",
+        [TurnStatus.COMPLETED, TurnStatus.FAILED, TurnStatus.STOPPED, TurnStatus.INTERRUPTED],
+    )
+    async def test_what_a_turn_took_is_settled_after_its_end_and_nothing_else_changes(
+        self, storage: Storage, session: Session, status: TurnStatus
+    ) -> None:
+        kept = await _complete(storage, session, "keep me", "kept")
+        begun = await _begin(storage, a_turn(session))
+        half = FinishTurn(begun.turn_id, status, "Half", "m", "p", usage=Usage(9), side="main/m")
+        await storage.finish_turn(half)
+        await storage.rate_turn(begun.turn_id, session.id, "up", "More!")
+        before = [await storage.get_turn(id, session.chatbot_id) for id in (kept, begun.turn_id)]
+        usage = Usage(10, 20, None, 3, 0.1 + 0.2)
+        for _ in range(2):
+            assert await storage.settle_turn(begun.turn_id, begun.run, usage) is True
+        after = [await storage.get_turn(id, session.chatbot_id) for id in (kept, begun.turn_id)]
+        assert before[1] is not None
+        assert after == [before[0], dataclasses.replace(before[1], usage=usage)]
+
+    async def test_a_turn_that_runs_or_ran_again_or_is_unknown_cannot_be_settled(
+        self, storage: Storage, session: Session
+    ) -> None:
+        first = await _begin(storage, _keyed(session))
+        usage = Usage(1, 2, cost_usd=0.5)
+        assert await storage.settle_turn(first.turn_id, first.run, usage) is False
+        await storage.finish_turn(FinishTurn(first.turn_id, TurnStatus.FAILED, rerunnable=True))
+        again = await _begin(storage, _keyed(session))
+        done = FinishTurn(again.turn_id, TurnStatus.COMPLETED, "Hi!", run=again.run)
+        await storage.finish_turn(done)
+        assert await storage.settle_turn(first.turn_id, first.run, usage) is False
+        assert await storage.settle_turn(new_id(), 1, usage) is False
+        record = await storage.get_turn(first.turn_id, session.chatbot_id)
+        assert record is not None
+        assert record.usage == Usage()
+
+    async def test_a_turn_of_an_erased_session_cannot_be_settled(
+        self, storage: Storage, session: Session
+    ) -> None:
+        turn = await _complete(storage, session, "q", "a")
+        await storage.delete_session(session.id, session.chatbot_id)
+        assert await storage.settle_turn(turn, 1, Usage(1, 2, cost_usd=0.5)) is False
+
+    async def test_usage_is_totalled_by_day_model_and_side(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _take(storage, session, Usage(1, 10, 100, 1000, 0.25), model="m-1", side="main/m-1")
+        await _take(storage, session, Usage(2, 20, 200, 2000, 0.5), model="m-1", side="b/m-1")
+        await _take(storage, session, Usage(4, 40, cost_usd=1), model="m-2", side="b/m-1")
+        await _take(storage, session, Usage())
+        bot, day = session.chatbot_id, datetime.now(UTC).date().isoformat()
+        nothing = UsageTotal(bot, None, turns=1, completed=1, unknown_cost=1)
+        assert await _totals(storage, "day") == [
+            UsageTotal(bot, day, 4, 4, 0, 0, 0, 7, 70, 300, 3000, 1.75, 1)
+        ]
+        assert await _totals(storage, "model") == [
+            UsageTotal(bot, "m-1", 2, 2, 0, 0, 0, 3, 30, 300, 3000, 0.75),
+            UsageTotal(bot, "m-2", 1, 1, 0, 0, 0, 4, 40, None, None, 1),
+            nothing,
+        ]
+        assert await _totals(storage, "side") == [
+            UsageTotal(bot, "b/m-1", 2, 2, 0, 0, 0, 6, 60, 200, 2000, 1.5),
+            UsageTotal(bot, "main/m-1", 1, 1, 0, 0, 0, 1, 10, 100, 1000, 0.25),
+            nothing,
+        ]
+
+    async def test_usage_counts_turns_by_how_they_ended_and_how_they_were_rated(
+        self, storage: Storage, session: Session
+    ) -> None:
+        rated = [await _take(storage, session, Usage(cost_usd=0)) for _ in range(3)]
+        for turn, rating in zip(rated, ("up", "down", "down"), strict=True):
+            await storage.rate_turn(turn, session.id, rating, None)  # type: ignore[arg-type]
+        for status in (TurnStatus.FAILED, TurnStatus.STOPPED, TurnStatus.INTERRUPTED):
+            await _take(storage, session, Usage(cost_usd=0), status=status)
+        (total,) = await _totals(storage, "side")
+        assert total == UsageTotal(
+            session.chatbot_id, None, 6, 3, 1, 1, 1, cost_usd=0, rated_up=1, rated_down=2
+        )
+
+    async def test_a_turn_that_runs_is_not_in_the_totals(
+        self, storage: Storage, session: Session
+    ) -> None:
+        assert await _totals(storage, "day") == []
+        begun = await _begin(storage, a_turn(session))
+        assert await _totals(storage, "day") == []
+        await storage.finish_turn(FinishTurn(begun.turn_id, TurnStatus.COMPLETED, "a"))
+        assert [total.turns for total in await _totals(storage, "day")] == [1]
+
+    async def test_a_turn_that_reached_no_model_has_no_unknown_cost(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _take(storage, session, Usage(), status=TurnStatus.FAILED, rerunnable=True)
+        (total,) = await _totals(storage, "side")
+        assert (total.failed, total.unknown_cost, total.cost_usd) == (1, 0, None)
+        await _take(storage, session, Usage(), status=TurnStatus.FAILED)
+        (total,) = await _totals(storage, "side")
+        assert (total.failed, total.unknown_cost, total.cost_usd) == (2, 1, None)
+
+    async def test_a_cost_that_is_settled_is_in_the_totals(
+        self, storage: Storage, session: Session
+    ) -> None:
+        turn = await _take(storage, session, Usage(), status=TurnStatus.STOPPED)
+        await storage.settle_turn(turn, 1, Usage(5, 6, cost_usd=0.5))
+        (total,) = await _totals(storage, "side")
+        assert (total.input_tokens, total.cost_usd, total.unknown_cost) == (5, 0.5, 0)
+
+    async def test_usage_is_told_of_one_chatbot_or_of_all_in_their_order(
+        self, storage: Storage, session: Session
+    ) -> None:
+        other = a_chatbot()
+        await storage.add_chatbot(other)
+        theirs = Session(new_id(), other.id)
+        await storage.create_session(theirs)
+        for each in (session, theirs):
+            await _take(storage, each, Usage(1), model="m")
+            await _take(storage, each, Usage(1), model="M")
+            await storage.delete_session(each.id, each.chatbot_id)
+            await storage.create_session(each)
+            await _take(storage, each, Usage(1))
+        every = [(bot, key) for bot in sorted((session.chatbot_id, other.id))
+                 for key in ("M", "m", None)]  # fmt: skip
+        assert [(t.chatbot_id, t.key) for t in await _totals(storage, "model")] == every
+        found = await storage.usage_totals(by="model", chatbot_id=other.id)
+        assert [(t.chatbot_id, t.key) for t in found] == [e for e in every if e[0] == other.id]
+        assert await storage.usage_totals(by="model", chatbot_id=new_id()) == []
+
+    async def test_a_day_is_utcs_and_a_time_holds_its_start_and_not_its_end(
+        self, storage: Storage, chatbot: Chatbot
+    ) -> None:
+        midnight = datetime(2024, 3, 1, tzinfo=UTC)
+        step = timedelta(microseconds=100)
+        sessions = [
+            await _past(storage, chatbot, time)
+            for time in (midnight - step, midnight, midnight + timedelta(days=1) - step)
+        ]
+        sessions.append(await _past(storage, chatbot, midnight + timedelta(days=1)))
+        days = [("2024-02-29", 1), ("2024-03-01", 2), ("2024-03-02", 1)]
+
+        async def told(since: datetime | None, until: datetime | None) -> list[tuple[Any, int]]:
+            found = [
+                await storage.usage_totals(by="day", chatbot_id=id, since=since, until=until)
+                for id in (None, chatbot.id)
+            ]
+            assert found[0] == found[1]
+            return [(total.key, total.turns) for total in found[0]]
+
+        for _ in ("stored", "erased"):
+            assert await told(None, None) == days
+            assert await told(midnight, None) == days[1:]
+            assert await told(None, midnight) == days[:1]
+            assert await told(midnight, midnight + timedelta(days=1)) == days[1:2]
+            for session in sessions:
+                await storage.delete_session(session.id, chatbot.id)
+
+    async def test_erasing_sessions_leaves_what_their_turns_took_in_the_totals(
+        self, storage: Storage, chatbot: Chatbot
+    ) -> None:
+        sessions = [Session(new_id(), chatbot.id, "api", f"v{i}") for i in range(4)]
+        for session in sessions:
+            await storage.create_session(session)
+            first = await _take(storage, session, Usage(1, 10, None, 3, 0.25), model="m", side="s")
+            await storage.rate_turn(first, session.id, "up", "Great!")
+            await _take(storage, session, Usage(2), model="m", status=TurnStatus.STOPPED)
+            await _take(storage, session, Usage(), status=TurnStatus.FAILED, rerunnable=True)
+            last = await _take(storage, session, Usage(4, cost_usd=1), side="t")
+            await storage.rate_turn(last, session.id, "down", None)
+        await _past(storage, chatbot, datetime(2024, 2, 29, tzinfo=UTC))
+        before = {by: await _totals(storage, by) for by in get_args(UsageBy)}
+        assert sum(total.turns for total in before["day"]) == 17
+        for session in sessions:
+            assert await storage.delete_session(session.id, chatbot.id) is True
+            assert await storage.delete_session(session.id, chatbot.id) is False
+            assert {by: await _totals(storage, by) for by in get_args(UsageBy)} == before
+
+    async def test_sessions_that_are_erased_at_once_are_all_in_the_totals(
+        self, storage: Storage, chatbot: Chatbot
+    ) -> None:
+        sessions = [Session(new_id(), chatbot.id) for _ in range(20)]
+        for session in sessions:
+            await storage.create_session(session)
+            for model in ("b", "a", None):
+                await _take(storage, session, Usage(1, cost_usd=0.5), model=model)
+        before = await _totals(storage, "model")
+        await asyncio.gather(*(storage.delete_session(s.id, chatbot.id) for s in sessions))
+        assert await _totals(storage, "model") == before
+        assert [(total.turns, total.cost_usd) for total in before] == [(20, 10)] * 3
+
+    async def test_a_turn_that_runs_in_an_erased_session_counts_as_interrupted_at_unknown_cost(
+        self, storage: Storage, session: Session
+    ) -> None:
+        await _begin(storage, a_turn(session))
+        await storage.delete_session(session.id, session.chatbot_id)
+        (total,) = await _totals(storage, "side")
+        assert (total.turns, total.interrupted, total.unknown_cost) == (1, 1, 1)
+
+    async def test_another_chatbot_erases_nothing_and_adds_nothing_to_the_totals(
+        self, storage: Storage, session: Session
+    ) -> None:
+        other = a_chatbot()
+        await storage.add_chatbot(other)
+        await _take(storage, session, Usage(1))
+        before = await _totals(storage, "day")
+        assert await storage.delete_session(session.id, other.id) is False
+        assert await _totals(storage, "day") == before
+
+    async def test_of_a_removed_chatbot_nothing_is_in_the_totals_and_of_others_all(
+        self, storage: Storage, session: Session
+    ) -> None:
+        other = a_chatbot()
+        await storage.add_chatbot(other)
+        kept = Session(new_id(), other.id)
+        await storage.create_session(kept)
+        for each in (session, kept):
+            await _take(storage, each, Usage(1))
+            await storage.delete_session(each.id, each.chatbot_id)
+            await storage.create_session(each)
+            await _take(storage, each, Usage(2))
+        assert await storage.remove_chatbot(session.chatbot_id) is True
+        (total,) = await _totals(storage, "day")
+        assert (total.chatbot_id, total.turns, total.input_tokens) == (other.id, 2, 3)
+        await storage.add_chatbot(a_chatbot(id=session.chatbot_id))
+        assert await _totals(storage, "day") == [total]
 
     # What is kept
 
@@ -820,6 +1060,8 @@ class StorageConformance:
         await _begin(storage, a_turn(session, "run"))
         chars = sum(map(len, ("naïve 💬", "ok", "漢", "fine", "👍!", "run")))
         assert await storage.tally_session(session.id) == Tally(5, chars, 3, 2, 1, 1)
+        await storage.settle_turn(first, 1, Usage(cost_usd=0.0))
+        assert await storage.tally_session(session.id) == Tally(5, chars, 3, 2, 1, 1, 1)
 
     async def test_an_unknown_session_is_not_exported(self, storage: Storage) -> None:
         assert await storage.export_session(new_id()) is None
@@ -831,7 +1073,7 @@ class StorageConformance:
         attempts = [{"provider": "p", "ms": 12, "error": None}]
         usage = Usage(10, 20, 5, 3, 0.1 + 0.2)
         done = FinishTurn(begun.turn_id, TurnStatus.COMPLETED, "Hi! 👋", "m", "p", "stop", None)
-        done = dataclasses.replace(done, usage=usage, attempts=attempts)
+        done = dataclasses.replace(done, usage=usage, attempts=attempts, side="main/m")
         await storage.finish_turn(done)
         await storage.rate_turn(begun.turn_id, session.id, "down", "Too short.")
         failed = await _begin(storage, a_turn(session, "again"))
@@ -1001,6 +1243,34 @@ class StorageConformance:
         again = await storage.begin_turn(_keyed(session, request_hash=b"other"))
         assert isinstance(again, ExistingTurn)
         assert again.turn.id == new.turn_id
+
+
+async def _take(
+    storage: Storage,
+    session: Session,
+    usage: Usage,
+    *,
+    status: TurnStatus = TurnStatus.COMPLETED,
+    **more: Any,
+) -> str:
+    """A turn that took this and ended; returns its id."""
+    begun = await _begin(storage, a_turn(session))
+    assert await storage.finish_turn(FinishTurn(begun.turn_id, status, usage=usage, **more))
+    return begun.turn_id
+
+
+async def _past(storage: Storage, chatbot: Chatbot, time: datetime) -> Session:
+    """A session with a turn that began at this time."""
+    session, id = Session(new_id(), chatbot.id, created_at=time), new_id()
+    completed = TurnStatus.COMPLETED
+    turn = TurnRecord(id, session.id, chatbot.id, completed, started_at=time, finished_at=time)
+    said = [StoredMessage(1, "user", "Hello", time, id)]
+    await storage.import_session(SessionPart(session, 0, said, [ExportedTurn(turn, 1)], False))
+    return session
+
+
+async def _totals(storage: Storage, by: UsageBy) -> list[UsageTotal]:
+    return list(await storage.usage_totals(by=by))
 
 
 async def _parts(storage: Storage, session: Session) -> list[SessionPart]:
