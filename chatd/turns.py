@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.provider import Event, ProviderRequest, Timeouts, needs
 from chatd.reply import Reply, TurnResult, shown_reason
 from chatd.routing import Router, Trail
+from chatd.settling import settle, unsettled
 from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Renewed, Storage, TurnRecord
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Turns:
         self._running: dict[str, RunningTurn] = {}
         self._beginning: dict[str, asyncio.Event] = {}
         self._elsewhere: dict[str, Reply] = {}
-        self._looking: set[asyncio.Task[None]] = set()
+        self._trailing: set[asyncio.Task[None]] = set()
         self._chars_per_token: dict[str, float] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._closing = False
@@ -282,9 +283,7 @@ class Turns:
         if (reply := self._elsewhere.get(record.id)) is not None and reply.run == record.run:
             return reply
         reply = self._elsewhere[record.id] = Reply(record.id, record.session_id, record.run)
-        task = asyncio.create_task(self._look(reply, chatbot_id))
-        self._looking.add(task)
-        task.add_done_callback(self._looking.discard)
+        self._behind(self._look(reply, chatbot_id))
         return reply
 
     async def _look(self, reply: Reply, chatbot_id: str) -> None:
@@ -316,7 +315,7 @@ class Turns:
         for turn in list(self._running.values()):
             turn.end_early(TurnStatus.INTERRUPTED)
         await self._until_idle(STORE_SECONDS * 2)
-        for task in (*self._books.tasks, *self._looking):
+        for task in (*self._books.tasks, *self._trailing):
             task.cancel()
 
     async def _until_idle(self, seconds: float) -> None:
@@ -421,6 +420,7 @@ class Turns:
             rerunnable=status is TurnStatus.FAILED
             and not any(attempt.reached_model for attempt in trail.attempts),
             history_truncated=truncated,
+            side=trail.side,
         )
         stored = False
         try:
@@ -441,6 +441,14 @@ class Turns:
                 )
             )
         self._learn(turn, usage)
+        if unsettled(trail) and not self._closing:
+            self._behind(settle(self._storage, turn.id, turn.reply.run, trail))
+
+    def _behind(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` as a task that draining ends."""
+        task = asyncio.create_task(work)
+        self._trailing.add(task)
+        task.add_done_callback(self._trailing.discard)
 
     def _learn(self, turn: RunningTurn, usage: Usage) -> None:
         """Lets what a provider counted of the prompt mend the estimate of a token's characters."""

@@ -15,7 +15,7 @@ FLOORS = [
     {"hookspecs"},
     {"config", "registry"},
     {"routing", "limits", "access", "copying"},
-    {"answering", "bookkeeping"},
+    {"answering", "bookkeeping", "settling"},
     {"turns"},
     {"handlers"},
     {"openapi"},
