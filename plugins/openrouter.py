@@ -15,6 +15,8 @@ DEFAULT_BASE_URL = "https://openrouter.ai/api/v1"
 class OpenRouter(ChatCompletions):
     """`ChatCompletions` with what only OpenRouter takes and tells."""
 
+    check_path = "/key"
+
     def body(self, request: chatd.ProviderRequest) -> dict[str, Any]:
         body = super().body(request)
         # Usage with its cost comes unasked; `stream_options` means nothing to OpenRouter.
@@ -22,9 +24,6 @@ class OpenRouter(ChatCompletions):
         if request.session_id is not None:
             body.setdefault("session_id", request.session_id)
         return body
-
-    async def check(self) -> None:
-        await self._check("/key")
 
 
 async def open_openrouter(settings: Mapping[str, Any]) -> OpenRouter:

@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"domain", "errors", "sse", "logs"},
-    {"validation", "schemas"},
+    {"validation", "schemas", "http_errors"},
     {"storage", "provider"},
-    {"interceptor", "reply"},
+    {"interceptor", "reply", "http_provider"},
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
