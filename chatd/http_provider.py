@@ -15,7 +15,7 @@ import orjson
 
 from chatd.domain import Usage
 from chatd.errors import ProviderError, ProviderErrorKind
-from chatd.http_errors import cleaned, kind_of, seconds_of
+from chatd.http_errors import cleaned, kind_of, retry_hint, sentences
 from chatd.provider import Event, Finish, FinishReason, ProviderRequest, UsageReport
 from chatd.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 
@@ -155,14 +155,9 @@ class HttpProvider(ABC):
     ) -> None:
         self._base_url = base_url.rstrip("/")
         self._secrets = tuple(secret for secret in secrets if secret)
-        self._http = aiohttp.ClientSession(
-            # Nothing compressed is asked for or unpacked: a small body cannot become a huge one.
-            headers={"Accept-Encoding": "identity", **headers},
-            auto_decompress=False,
-            connector=aiohttp.TCPConnector(limit=0),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None),
-        )
+        self._http = _session(headers, aiohttp.TCPConnector(limit=0))
+        # Each of its requests has a connection of its own.
+        self._unpooled = _session(headers, aiohttp.TCPConnector(limit=0, force_close=True))
 
     @abstractmethod
     def body(self, request: ProviderRequest) -> Mapping[str, Any]:
@@ -174,6 +169,7 @@ class HttpProvider(ABC):
 
     async def close(self) -> None:
         await self._http.close()
+        await self._unpooled.close()
 
     async def check(self) -> None:
         try:
@@ -210,26 +206,39 @@ class HttpProvider(ABC):
         except (aiohttp.ClientError, OSError) as error:
             raise self._translated(error, started=started) from error
         except ServiceError as error:
-            raise self._told(error.error, None, request, reached_model=True) from None
+            raise self._told(error.error, None, request, {}, reached_model=True) from None
 
     async def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None, connect: float
     ) -> aiohttp.ClientResponse:
-        data: bytes | io.BytesIO | None = None
-        headers = {}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            data = json.dumps(body).encode()
-            if len(data) >= LARGE_BODY:
-                data = io.BytesIO(data)
-        return await self._http.request(
+        """The answer's head. Sent again on a new connection if a kept one had died meanwhile."""
+        data = None if body is None else json.dumps(body).encode()
+        used = _Used()
+        try:
+            return await self._request(self._http, method, path, data, connect, used)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+            if not used.before or _has_begun(error):
+                raise
+        return await self._request(self._unpooled, method, path, data, connect, _Used())
+
+    async def _request(
+        self,
+        http: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        data: bytes | None,
+        connect: float,
+        used: _Used,
+    ) -> aiohttp.ClientResponse:
+        return await http.request(
             method,
             self._base_url + path,
-            data=data,
-            headers=headers,
+            data=io.BytesIO(data) if data is not None and len(data) >= LARGE_BODY else data,
+            headers={} if data is None else {"Content-Type": "application/json"},
             # A redirect would take the key to another host.
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=None, connect=connect),
+            trace_request_ctx=used,
         )
 
     async def _json(self, response: aiohttp.ClientResponse) -> Any:
@@ -266,34 +275,35 @@ class HttpProvider(ABC):
             body = None
         # Some servers tell it at the top.
         error = body.get("error", body) if isinstance(body, dict) else None
-        raise self._told(
-            error, response.status, request, retry_after=response.headers.get("Retry-After")
-        )
+        raise self._told(error, response.status, request, response.headers)
 
     def _told(
         self,
         error: Any,
         status: int | None,
         request: ProviderRequest | None,
+        headers: Mapping[str, str],
         *,
-        retry_after: str | None = None,
         reached_model: bool = False,
     ) -> ProviderError:
         """What a service tells of a failure, as the error of its kind."""
         told = error if isinstance(error, dict) else {"message": error}
-        code, message = told.get("code"), told.get("message")
-        message = message if isinstance(message, str) else ""
+        code = told.get("code")
         if isinstance(code, int) and 400 <= code < 600:
             status = code
         elif isinstance(code, str) and re.fullmatch(r"[45][0-9]{2}", code, re.ASCII):
             status = int(code)
-        return ProviderError(
-            kind_of(status, f"{code} {message}", told.get("metadata")),
-            self._clean(f"HTTP {status}, code {code}: {message}", request),
+        kind = kind_of(status, told)
+        word = code if code is not None else told.get("type")
+        failure = ProviderError(
+            kind,
+            self._clean(f"HTTP {status}, code {word}: {'; '.join(sentences(told))}", request),
             status=status,
-            retry_after=seconds_of(retry_after),
             reached_model=reached_model or status is None or status >= 500,
         )
+        if failure.retryable:
+            failure.retry_after = retry_hint(headers, told, limited=kind is _Kind.RATE_LIMIT)
+        return failure
 
     def _translated(self, error: Exception, *, started: bool) -> ProviderError:
         kind = _Kind.INCOMPLETE if started else _Kind.CONNECTION
@@ -308,6 +318,35 @@ class HttpProvider(ABC):
 
     def _clean(self, text: str, request: ProviderRequest | None) -> str:
         return cleaned(text, self._secrets, request.messages if request is not None else ())
+
+
+class _Used:
+    """Whether the connection of a request had been used before."""
+
+    before = False
+
+
+async def _note_use(_session: aiohttp.ClientSession, context: Any, _params: Any) -> None:
+    context.trace_request_ctx.before = True
+
+
+def _has_begun(error: Exception) -> bool:
+    """Whether some of an answer had come when the connection broke."""
+    return isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
+
+
+def _session(headers: Mapping[str, str], connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(_note_use)
+    return aiohttp.ClientSession(
+        # Nothing compressed is asked for or unpacked: a small body cannot become a huge one.
+        headers={"Accept-Encoding": "identity", **headers},
+        auto_decompress=False,
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None),
+        trace_configs=[trace],
+    )
 
 
 class _Pieces:
