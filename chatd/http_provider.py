@@ -38,6 +38,9 @@ ERROR_BODY_SECONDS = 2.0
 CHECK_CONNECT_SECONDS = 5.0
 """How long `check` waits for a connection."""
 
+GET_SECONDS = 10.0
+"""How long `get` waits for its whole answer."""
+
 _Kind = ProviderErrorKind
 _NAME = re.compile(r"[ -~]{1,200}")
 _NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
@@ -177,6 +180,20 @@ class HttpProvider(ABC):
                 "GET", self.check_path, None, CHECK_CONNECT_SECONDS
             ) as response:
                 await self._raise_for_status(response, None)
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._translated(error, started=False) from error
+
+    async def get(self, path: str, *, seconds: float = GET_SECONDS) -> Any:
+        """The JSON at `path`. Raises `ProviderError`, also when it takes more than `seconds`."""
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                await self._send("GET", path, None, CHECK_CONNECT_SECONDS) as response,
+            ):
+                await self._raise_for_status(response, None)
+                return await self._json(response)
+        except TimeoutError:
+            raise ProviderError(_Kind.TIMEOUT, f"no answer in {seconds:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise self._translated(error, started=False) from error
 

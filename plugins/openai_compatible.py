@@ -6,7 +6,7 @@ The wire format is here once; `openrouter` builds on it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import chatd
@@ -75,49 +75,50 @@ def _message(message: chatd.Message) -> dict[str, Any]:
 class CompletionAnswer(chatd.HttpAnswer):
     """An answer in OpenAI's format: chunks with a `delta`, or one piece with a `message`."""
 
-    def chunk(self, data: bytes) -> Iterator[chatd.Event]:
+    def chunk(self, data: bytes) -> Iterable[chatd.Event]:
         if data.strip() == b"[DONE]":
             self.is_whole = self.is_done = True
-            return
-        yield from self._read(self.json(data), "delta")
+            return ()
+        return self.read(self.json(data), "delta")
 
-    def whole(self, value: Any) -> Iterator[chatd.Event]:
+    def whole(self, value: Any) -> Iterable[chatd.Event]:
         if not isinstance(value, dict):
             raise chatd.ProviderError(
                 chatd.ProviderErrorKind.PROTOCOL, "JSON that is not an object", reached_model=True
             )
-        yield from self._read(value, "message")
+        events = self.read(value, "message")
         if value.get("choices"):
             self.is_whole = True
+        return events
 
-    def _read(self, value: dict[str, Any], part: str) -> Iterator[chatd.Event]:
+    def read(self, value: dict[str, Any], part: str) -> Sequence[chatd.Event]:
+        """The events of a chunk, or of an answer in one piece."""
         if value.get("error"):
             raise chatd.ServiceError(value["error"])
         self.named(value.get("model"))
-        if isinstance(value.get("usage"), dict):
-            self.usage = _usage(value["usage"])
+        if isinstance(usage := value.get("usage"), dict):
+            self.usage = _usage(usage)
         choices = value.get("choices")
-        for choice in choices[:1] if isinstance(choices, list) else []:
-            if isinstance(choice, dict):
-                yield from self._choice(choice, part)
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        return self._choice(choice, part) if isinstance(choice, dict) else ()
 
-    def _choice(self, choice: dict[str, Any], part: str) -> Iterator[chatd.Event]:
+    def _choice(self, choice: dict[str, Any], part: str) -> Sequence[chatd.Event]:
         reason = choice.get("finish_reason")
         if choice.get("error") or "error" in (reason, choice.get("native_finish_reason")):
             raise chatd.ServiceError(choice.get("error") or "finish_reason error")
+        events: list[chatd.Event] = []
         said = choice.get(part)
         if isinstance(said, dict):
             if thought := _text(said.get("reasoning") or said.get("reasoning_content")):
-                yield chatd.ReasoningDelta(thought)
+                events.append(chatd.ReasoningDelta(thought))
             if text := _text(said.get("content")):
-                yield chatd.TextDelta(text)
-            calls = said.get("tool_calls")
-            for place, call in enumerate(calls if isinstance(calls, list) else []):
-                if isinstance(call, dict):
-                    yield _tool_call(call, place)
+                events.append(chatd.TextDelta(text))
+            if isinstance(calls := said.get("tool_calls"), list):
+                events += [_tool_call(c, i) for i, c in enumerate(calls) if isinstance(c, dict)]
         if isinstance(reason, str) and reason and not self.is_whole:
             self.is_whole = True
             self.reason = _FINISH_REASONS.get(reason, "other")
+        return events
 
 
 def _tool_call(call: dict[str, Any], place: int) -> chatd.ToolCallDelta:
