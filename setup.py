@@ -5,7 +5,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-BUNDLED_PLUGINS = ["echo", "openai_compatible", "openrouter", "postgres", "sqlite", "supabase"]
+BUNDLED_PLUGINS = [
+    "anthropic",
+    "echo",
+    "openai_compatible",
+    "openrouter",
+    "postgres",
+    "sqlite",
+    "supabase",
+]
 
 
 class BuildPy(build_py):
