@@ -79,8 +79,8 @@ class HttpAnswer(ABC):
         """The events of one server-sent event, given its data."""
 
     @abstractmethod
-    def whole(self, value: Any) -> Iterable[Event]:
-        """The events of an answer in one piece, given its JSON."""
+    def whole(self, value: dict[str, Any]) -> Iterable[Event]:
+        """The events of an answer in one piece, given its JSON; an object."""
 
     def begin(self, headers: Mapping[str, str]) -> Iterable[Event]:
         """The events before any of the answer, given the headers; none, if not overridden."""
@@ -102,15 +102,13 @@ class HttpAnswer(ABC):
             self.model = model
 
     @staticmethod
-    def json(data: bytes) -> Any:
+    def json(data: bytes) -> dict[str, Any]:
         """A chunk's JSON; an object. Raises `ProviderError`."""
         try:
             value = orjson.loads(data)
         except orjson.JSONDecodeError:
             value = _lenient(data)
-        if not isinstance(value, dict):
-            raise ProviderError(_Kind.PROTOCOL, "JSON that is not an object", reached_model=True)
-        return value
+        return value if isinstance(value, dict) else _object(value)
 
     @staticmethod
     def count(value: Any) -> int | None:
@@ -123,6 +121,12 @@ class HttpAnswer(ABC):
         """What something cost, if it makes sense."""
         good = isinstance(value, int | float) and not isinstance(value, bool)
         return float(value) if good and 0 <= value < 2**53 else None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ProviderError(_Kind.PROTOCOL, "JSON that is not an object", reached_model=True)
+    return value
 
 
 def _lenient(data: bytes) -> Any:
@@ -214,7 +218,7 @@ class HttpProvider(ABC):
                                 started = True
                                 yield event
                 else:
-                    for event in answer.whole(await self._json(response)):
+                    for event in answer.whole(_object(await self._json(response))):
                         yield event
             for event in answer.end():
                 yield event

@@ -17,7 +17,6 @@ DEFAULT_VERSION = "2023-06-01"
 DEFAULT_MAX_TOKENS = 4096
 
 _Block = dict[str, Any]
-_PROTOCOL = chatd.ProviderErrorKind.PROTOCOL
 _FINISH_REASONS: dict[str, chatd.FinishReason] = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -250,9 +249,7 @@ class MessageAnswer(chatd.HttpAnswer):
                     raise chatd.ServiceError(event["error"])
         return ()
 
-    def whole(self, value: Any) -> Iterable[chatd.Event]:
-        if not isinstance(value, dict):
-            raise chatd.ProviderError(_PROTOCOL, "JSON that is not an object", reached_model=True)
+    def whole(self, value: dict[str, Any]) -> Iterable[chatd.Event]:
         if value.get("error"):
             raise chatd.ServiceError(value["error"])
         self.named(value.get("model"))

@@ -81,11 +81,7 @@ class CompletionAnswer(chatd.HttpAnswer):
             return ()
         return self.read(self.json(data), "delta")
 
-    def whole(self, value: Any) -> Iterable[chatd.Event]:
-        if not isinstance(value, dict):
-            raise chatd.ProviderError(
-                chatd.ProviderErrorKind.PROTOCOL, "JSON that is not an object", reached_model=True
-            )
+    def whole(self, value: dict[str, Any]) -> Iterable[chatd.Event]:
         events = self.read(value, "message")
         if value.get("choices"):
             self.is_whole = True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from tornado.ioloop import IOLoop
 from chatd.domain import Message
 from chatd.errors import ProviderErrorKind as Kind
 from chatd.provider import Provider, ProviderRequest
+from chatd.registry import load_registry
+from chatd.testing import HttpProviderConformance
 from chatd.testing.fake_provider import (
     SSE_HEAD,
     FakeProvider,
@@ -27,6 +30,7 @@ from chatd.testing.fake_provider import (
 )
 from chatd.testing.provider import collect, failure, text_of
 from tests.conftest import Serve
+from tests.test_docs import plugin_files
 
 KEY = "sk-upstream-0123456789abcdef"
 QUESTION = "Where is my parcel 4711?"
@@ -260,3 +264,37 @@ async def test_half_a_character_in_a_chunk_is_kept_for_the_other_half(
     chunks = [json.dumps({"choices": [{"delta": {"content": half}}]}) for half in "\ud83d\ude00"]
     fake.answer(SSE_HEAD, sse(*chunks, "[DONE]"))
     assert text_of(await collect(provider, ASKED)) == "\ud83d\ude00"
+
+
+# Providers of others
+
+
+@pytest.fixture
+def open_parrot(tmp_path: Path) -> Callable[[str], Awaitable[Provider]]:
+    """The provider over HTTP that the page on plugins shows."""
+    (tmp_path / "parrot.py").write_text(plugin_files()["parrot.py"])
+    offer = load_registry(tmp_path).providers["parrot"]
+    return lambda url: offer.open({"url": url, "key": TestParrotOverHttp.key})
+
+
+class TestParrotOverHttp(HttpProviderConformance):
+    @pytest.fixture
+    def open_at(
+        self, open_parrot: Callable[[str], Awaitable[Provider]]
+    ) -> Callable[[str], Awaitable[Provider]]:
+        return open_parrot
+
+
+async def test_the_provider_that_the_page_shows_answers(
+    open_parrot: Callable[[str], Awaitable[Provider]], fake: FakeProvider
+) -> None:
+    provider = await open_parrot(fake.url)
+    fake.answer(SSE_HEAD, sse({"says": "Hel"}, {"says": "lo!"}, {"done": True}))
+    fake.answer(http_response(200, {"says": "Hello!", "done": True}))
+    fake.answer(SSE_HEAD, sse({"says": "Hel"}, {"squawk": {"message": "no", "code": 429}}))
+    fake.answer(SSE_HEAD, sse({"says": "Hel"}))
+    assert [text_of(await collect(provider, ASKED)) for _ in range(2)] == ["Hello!", "Hello!"]
+    kinds = [(await failure(provider, ASKED)).kind for _ in range(2)]
+    await provider.close()
+    assert kinds == [Kind.RATE_LIMIT, Kind.INCOMPLETE]
+    assert [asked.path for asked in fake.requests] == ["/talk"] * 4
