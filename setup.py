@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 BUNDLED_PLUGINS = [
+    "anthropic",
     "echo",
     "openai_compatible",
     "openrouter",

@@ -25,6 +25,7 @@ from chatd.errors import (
 )
 from chatd.handlers.base import ApiHandler as Handler
 from chatd.hookspecs import hookimpl
+from chatd.http_provider import HttpAnswer, HttpProvider, ServiceError
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.offers import (
     CommandContext,
@@ -92,6 +93,8 @@ __all__ = [
     "FinishTurn",
     "GenerationId",
     "Handler",
+    "HttpAnswer",
+    "HttpProvider",
     "IdempotencyKeyReused",
     "Interceptor",
     "InterceptorRegister",
@@ -110,6 +113,7 @@ __all__ = [
     "Renewed",
     "RouteRegister",
     "SSEDecoder",
+    "ServiceError",
     "Session",
     "SessionPart",
     "Storage",

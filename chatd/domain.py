@@ -83,6 +83,8 @@ class ChatbotSettings:
     """Whether a client with the key may let the model call tools."""
     allow_images: bool = True
     """Whether a client with the key may show the model images."""
+    provider_options: Mapping[str, Mapping[str, Any]] | None = None
+    """What kinds of provider are told beside the question, by the name that each is offered under."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

@@ -31,6 +31,8 @@ class Offer(Generic[T]):
     schema: Schema
     description: str
     plugin: str
+    options: Schema | None = None
+    """What a chatbot's `provider_options` may say to it; None is nothing."""
 
 
 @dataclass(slots=True)
@@ -47,12 +49,17 @@ class Register(Generic[T]):
         open: Callable[[Settings], Awaitable[T]],
         config_schema: Mapping[str, Any],
         description: str,
+        *,
+        options_schema: Mapping[str, Any] | None = None,
     ) -> None:
         """Offers something under `name`, the word after `use:` in the configuration.
 
         :param open: a coroutine function; called once with the settings, already validated.
         :param config_schema: a Draft 2020-12 schema of the settings, an object.
         :param description: half a sentence for `chatd plugins`.
+        :param options_schema: for providers: a Draft 2020-12 schema of what a chatbot's
+            `provider_options` may say under `name`, an object; it comes with each request as
+            `ProviderRequest.options`. None takes no options.
         """
         if other := self.offers.get(name):
             raise PluginError(
@@ -64,13 +71,24 @@ class Register(Generic[T]):
                 f'plugin "{self.plugin}": open of the {self.kind} "{name}" must be a coroutine '
                 "function (async def)"
             )
+        if options_schema is not None and self.kind != "provider":
+            raise PluginError(
+                f'plugin "{self.plugin}": the {self.kind} "{name}" has an options_schema, which '
+                "only providers have"
+            )
+        compiled = self._compiled("config_schema", name, config_schema)
+        options = None
+        if options_schema is not None:
+            options = self._compiled("options_schema", name, options_schema)
+        self.offers[name] = Offer(name, open, compiled, description, self.plugin, options)
+
+    def _compiled(self, what: str, name: str, document: Mapping[str, Any]) -> Schema:
         try:
-            compiled = Schema(config_schema)
+            return Schema(document)
         except ValueError as error:
             raise PluginError(
-                f'plugin "{self.plugin}": config_schema of "{name}" is not a JSON Schema: {error}'
+                f'plugin "{self.plugin}": {what} of "{name}" is not a JSON Schema: {error}'
             ) from error
-        self.offers[name] = Offer(name, open, compiled, description, self.plugin)
 
     async def open(self, name: str, settings: Settings) -> T:
         """Opens what any plugin offers under `name`, for a plugin that wraps it and closes it.

@@ -182,6 +182,7 @@ class Turns:
             user=_pseudonym(chatbot.id, begun.user_id or session_id),
             # Not the id itself: a widget's session is opened by it.
             session_id=_pseudonym(chatbot.id, session_id),
+            options=settings.provider_options or {},
         )
         turn = RunningTurn(
             chatbot=chatbot,

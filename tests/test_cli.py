@@ -360,6 +360,7 @@ def test_add_prints_one_object_with_id_and_key(tmp_path: Path) -> None:
         "on_disconnect",
         "allow_tools",
         "allow_images",
+        "provider_options",
     }
 
 
@@ -378,6 +379,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "--on-disconnect": "stop",
         "--allow-tools": "no",
         "--allow-images": "no",
+        "--provider-options": '{"openrouter": {"models": ["a/b"]}}',
         "--allowed-origin": "https://a.example",
     }
     options = [word for pair in given.items() for word in pair]
@@ -394,6 +396,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "on_disconnect": "stop",
         "allow_tools": False,
         "allow_images": False,
+        "provider_options": {"openrouter": {"models": ["a/b"]}},
     }
     assert bot == {**expected, "api_key": KEY}
     shown = each(tmp_path, [["bots", "show", name, "--json"] for name in (id, "Zoë")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chatd.testing import FaultConformance, OpenAIWire
+from chatd.testing import AnthropicWire, FaultConformance, OpenAIWire
 
 
 class TestOpenAICompatible(FaultConformance):
@@ -22,3 +22,11 @@ class TestOpenRouter(FaultConformance):
 
     def settings(self, url: str) -> Mapping[str, Any]:
         return {"base_url": f"{url}/api/v1", "api_key": self.key}
+
+
+class TestAnthropic(FaultConformance):
+    use = "anthropic"
+    wire = AnthropicWire()
+
+    def settings(self, url: str) -> Mapping[str, Any]:
+        return {"base_url": url, "api_key": self.key}

@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"domain", "errors", "sse", "logs", "watchdog"},
-    {"validation", "schemas"},
+    {"validation", "schemas", "http_errors"},
     {"storage", "provider", "breaker", "prices"},
-    {"interceptor", "reply", "racing"},
+    {"interceptor", "reply", "racing", "http_provider"},
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},

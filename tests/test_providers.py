@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from chatd_plugins.anthropic import open_anthropic
 from chatd_plugins.echo import open_echo
 from chatd_plugins.openai_compatible import open_openai_compatible
 from chatd_plugins.openrouter import open_openrouter
@@ -190,6 +191,25 @@ class TestOpenAICompatible(ProviderConformance):
             # OpenAI's own usage has no cost.
             usage=Usage(11, 7),
         )
+
+
+class TestAnthropic(ProviderConformance):
+    @pytest.fixture
+    def case(self, aimock: Aimock) -> ProviderCase:
+        return ProviderCase(
+            open=lambda: open_anthropic({"base_url": aimock.url, "api_key": KEY}),
+            model="claude-haiku-4-5",
+            question=QUESTION,
+            answer=ANSWER,
+            answered_by=ANSWERED_BY,
+            usage=Usage(11, 7),
+        )
+
+
+class TestAnthropicOverHttp(HttpProviderConformance):
+    @pytest.fixture
+    def open_at(self) -> Callable[[str], Awaitable[Provider]]:
+        return lambda url: open_anthropic({"base_url": url, "api_key": self.key})
 
 
 class TestOpenRouterOverHttp(HttpProviderConformance):
@@ -389,7 +409,7 @@ providers:
 models:
   - {{match: "*", ask: [main]}}
 """)
-    fake.always(http_response(500))
+    fake.always(http_response(400))
     one, other = await served.add_bot(key="one"), await served.add_bot(key="other")
     for bot, key in ((one, "one"), (one, "one"), (other, "other")):
         session = await served.session(bot, key=key, user_id="ann@site.example")

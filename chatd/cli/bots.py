@@ -11,7 +11,14 @@ from typing import Any
 import click
 
 from chatd.answering import storable
-from chatd.cli.common import asynchronous, config_option, find_chatbot, json_option, opened_storage
+from chatd.cli.common import (
+    asynchronous,
+    config_option,
+    find_chatbot,
+    json_option,
+    opened_storage,
+    opened_with_plugins,
+)
 from chatd.domain import (
     Chatbot,
     ChatbotSettings,
@@ -20,8 +27,9 @@ from chatd.domain import (
     new_api_key,
     new_id,
 )
-from chatd.errors import ChatdError
-from chatd.validation import pointer, schema
+from chatd.errors import ChatdError, MalformedRequest
+from chatd.registry import Registry
+from chatd.validation import did_you_mean, parse_json, pointer, schema
 
 DEFAULT_MODEL = "openai/gpt-4o-mini"
 MIN_KEY_CHARS = 16
@@ -42,6 +50,12 @@ def _settings_options(command: Any) -> Any:
             metavar="ORIGIN",
             help="An origin whose pages may talk to it; several may be given. "
             '"default" is the server\'s list.',
+        ),
+        click.option(
+            "--provider-options",
+            metavar="JSON",
+            help="What kinds of provider are told, like "
+            """'{"openrouter": {"models": ["a/b"]}}'; @FILE reads a file, "default" is nothing.""",
         ),
         click.option(
             "--on-disconnect",
@@ -91,14 +105,16 @@ async def add(
     if id is None:
         raise BadValue(f"--id {bot_id}: must be a UUID like 123e4567-e89b-12d3-a456-426614174000")
     key = _checked_key(api_key)
+    changed = _changed(ChatbotSettings(), settings)
     chatbot = Chatbot(
         id=id,
         name=_checked_name("Chatbot" if name is None else name, "--name"),
         model=_checked_name(DEFAULT_MODEL if model is None else model, "--model"),
         api_key_hash=hash_api_key(key),
-        settings=_changed(ChatbotSettings(), settings),
+        settings=changed,
     )
-    async with opened_storage(config_path) as storage:
+    async with opened_with_plugins(config_path) as (storage, registry):
+        _check_options(changed, settings, registry)
         await storage.add_chatbot(chatbot)
     if as_json:
         click.echo(json.dumps({**_shown(chatbot), "api_key": key}))
@@ -141,6 +157,8 @@ async def show(bot: str, config_path: Path | None, as_json: bool) -> None:
     width = max(map(len, shown))
     for name, value in shown.items():
         text = "default" if value is None else value
+        if isinstance(value, dict):
+            text = json.dumps(value, ensure_ascii=False)
         click.echo(f"{name:<{width}}  {', '.join(text) if isinstance(text, list) else text}")
 
 
@@ -159,13 +177,15 @@ async def set_(
     **settings: Any,
 ) -> None:
     """Change a chatbot, by id or name; what is not given stays. A server sees it within seconds."""
-    async with opened_storage(config_path) as storage:
+    async with opened_with_plugins(config_path) as (storage, registry):
         old = await find_chatbot(storage, bot)
+        changed = _changed(old.settings, settings)
+        _check_options(changed, settings, registry)
         chatbot = dataclasses.replace(
             old,
             name=old.name if name is None else _checked_name(name, "--name"),
             model=old.model if model is None else _checked_name(model, "--model"),
-            settings=_changed(old.settings, settings),
+            settings=changed,
         )
         await storage.update_chatbot(chatbot)
     click.echo(json.dumps(_shown(chatbot)) if as_json else f'Changed "{chatbot.name}"')
@@ -253,7 +273,9 @@ def _typed(name: str, value: Any) -> Any:
     if name == "allowed_origins":
         return None if value == ("default",) else list(value)
     if name == "system_prompt":
-        return _text(value) or None
+        return _text("--system-prompt", value) or None
+    if name == "provider_options" and value != "default":
+        return _json("--provider-options", _text("--provider-options", value)) or None
     if name in ("allow_tools", "allow_images"):
         return {"yes": True, "no": False}.get(value, value)
     if value == "default":
@@ -265,15 +287,45 @@ def _typed(name: str, value: Any) -> Any:
     return number if math.isfinite(number) else value
 
 
-def _text(value: str) -> str:
+def _text(option: str, value: str) -> str:
     if not value.startswith("@"):
         if storable(value) != value:
-            raise BadValue("--system-prompt: must be text, in UTF-8 and without U+0000")
+            raise BadValue(f"{option}: must be text, in UTF-8 and without U+0000")
         return value
     try:
         return Path(value[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadValue(f"--system-prompt {value}: cannot be read: {error}") from None
+        raise BadValue(f"{option} {value}: cannot be read: {error}") from None
+
+
+def _json(option: str, text: str) -> Any:
+    try:
+        return parse_json(text.encode())
+    except MalformedRequest as error:
+        raise BadValue(f"{option}: {error.detail.replace('The body', 'it')}") from None
+
+
+def _check_options(settings: ChatbotSettings, given: dict[str, Any], registry: Registry) -> None:
+    """Holds new provider options to what the plugins take. Raises `BadValue` with every fault.
+
+    Those that are kept are not looked at: the plugin that they are for may be gone.
+    """
+    if given.get("provider_options") is None:
+        return
+    faults = []
+    for name, options in (settings.provider_options or {}).items():
+        offer = registry.providers.get(name)
+        if offer is None:
+            meant = did_you_mean(name, registry.providers)
+            faults.append(f'no plugin offers the provider "{name}"{meant}')
+        elif offer.options is None:
+            faults.append(f'the provider "{name}" takes no options')
+        else:
+            faults += [
+                f"{pointer((name, *path))}: {text}" for path, text in offer.options.faults(options)
+            ]
+    if faults:
+        raise BadValue("\n".join(f"--provider-options {fault}" for fault in faults))
 
 
 def _option(path: str) -> str:

@@ -16,6 +16,7 @@ from chatd.app import load, open_storage, packaged_config
 from chatd.config import find_config, load_env_file
 from chatd.domain import Chatbot, canonical_id
 from chatd.errors import ChatdError, RequestError
+from chatd.registry import Registry
 from chatd.storage import Storage
 
 P = ParamSpec("P")
@@ -77,10 +78,17 @@ def asynchronous(function: Callable[P, Awaitable[T]]) -> Callable[P, T]:
 @asynccontextmanager
 async def opened_storage(config_path: Path | None) -> AsyncIterator[Storage]:
     """The configured storage, beside a server that may be running."""
+    async with opened_with_plugins(config_path) as (storage, _):
+        yield storage
+
+
+@asynccontextmanager
+async def opened_with_plugins(config_path: Path | None) -> AsyncIterator[tuple[Storage, Registry]]:
+    """The configured storage, and what the plugins that were loaded for it offer."""
     config, registry = load(configured(config_path))
     storage = await open_storage(config, registry)
     try:
-        yield storage
+        yield storage, registry
     finally:
         await storage.close()
 
