@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from tornado.ioloop import IOLoop
 
 import chatd
+from chatd.app import offers
+from chatd.config import ConfigFile
 from chatd.domain import Message, Usage
 from chatd.offers import Register
 from chatd.provider import (
@@ -46,6 +48,7 @@ from chatd.testing import (
 )
 from chatd.testing.fake_provider import SSE_HEAD, http_response, sse
 from chatd.testing.provider import collect, failure, text_of
+from chatd.validation import Schema
 from tests import test_providers
 from tests.conftest import Serve
 from tests.support import KEY, Answer, Served, chatd_command, server_process
@@ -95,10 +98,10 @@ class Scripted:
 
 def register(inner: Any = None) -> Register[Provider]:
     """All bundled providers, and `scripted`, which is `inner`."""
-    offers = dict(load_registry().providers)
+    bundled = dict(load_registry().providers)
     # It opens what it wraps through the register that it was handed.
-    del offers["record"]
-    register = Register[Provider]("provider", "tests", offers)
+    del bundled["record"]
+    register = Register[Provider]("provider", "tests", bundled)
     record_plugin.chatd_register_provider(register)
 
     async def open_scripted(settings: Mapping[str, Any]) -> Provider:
@@ -995,6 +998,30 @@ def test_the_settings_of_the_provider_inside_are_checked_with_their_line(
     assert faults(text) == told
 
 
+def test_offers_of_any_kind_may_stand_inside_in_a_list_too() -> None:
+    inside = {"of": {"items": {"x-use": "provider"}}, "in": {"x-use": "storage"}}
+    known = offers(load_registry())
+    known = {**known, "provider": {**known["provider"], "many": Schema({"properties": inside})}}
+    text = (
+        "storage: {use: sqlite}\n"
+        "providers:\n"
+        "  main:\n"
+        "    use: many\n"
+        "    in: {use: sqlit}\n"
+        "    of:\n"
+        "    - {use: echo}\n"
+        "    - {use: echo, replly: x}\n"
+        "models: [{match: '*', ask: [main]}]\n"
+    )
+    with pytest.raises(chatd.ConfigError) as raised:
+        ConfigFile("c.yaml", text, {}).check(known)
+    assert raised.value.faults == (
+        'c.yaml:5: providers.main.in.use: no plugin offers the storage "sqlit", '
+        'did you mean "sqlite"?',
+        'c.yaml:8: providers.main.of[1].replly: unknown key, did you mean "reply"?',
+    )
+
+
 async def test_what_the_provider_inside_says_when_it_opens_is_told(
     io_loop: IOLoop, file: Path
 ) -> None:
@@ -1014,17 +1041,17 @@ async def test_a_provider_that_is_opened_by_another_is_looked_for_and_checked(
 
 
 async def test_a_provider_that_cannot_be_opened_is_named(io_loop: IOLoop) -> None:
-    offers = Register[Provider]("provider", "tests", {})
+    own = Register[Provider]("provider", "tests", {})
 
     async def open_itself(settings: Mapping[str, Any]) -> Provider:
-        return await offers.open("itself", settings)
+        return await own.open("itself", settings)
 
     async def open_broken(settings: Mapping[str, Any]) -> Provider:
         raise ValueError("broken")
 
-    offers.add("itself", open_itself, {}, "")
-    offers.add("broken", open_broken, {}, "")
+    own.add("itself", open_itself, {}, "")
+    own.add("broken", open_broken, {}, "")
     with pytest.raises(chatd.PluginError, match='"broken" cannot be opened: ValueError: broken'):
-        await offers.open("broken", {})
+        await own.open("broken", {})
     with pytest.raises(chatd.PluginError, match='"itself" cannot be opened: RecursionError'):
-        await offers.open("itself", {})
+        await own.open("itself", {})
