@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 MAX_RECORDINGS = 100_000
 """The most answers that a file may hold; where each stands is kept in memory, what it says is not."""
+
+MAX_FILE_BYTES = 64 * 2**20
+"""The largest file: it is read through in about 5 s, and on a busy machine in the 30 s there are."""
 
 MAX_SECONDS = 86_400.0
 """The latest that an event of a recording may come."""
@@ -65,7 +69,11 @@ def recording_of(line: bytes, where: str) -> Recording:
         raise Unreadable("goes on after its end")
     if not any(ends) and not error:
         raise Unreadable('has neither a "finish" nor an "error" at its end')
-    return Recording(digest(_asked(_part(value, "request", dict))), events, error)
+    try:
+        asked = digest(_asked(_part(value, "request", dict)))
+    except RecursionError:
+        raise Unreadable("is nested too deep") from None
+    return Recording(asked, events, error)
 
 
 def _no_number(name: str) -> None:
@@ -95,23 +103,26 @@ def _events(values: list[Any]) -> Iterator[tuple[float, chatd.Event]]:
         if not isinstance(value, dict):
             raise Unreadable(f"has an event {i} that is not an object")
         try:
-            yield _at(value), _event(value)
+            at, text = _at(value), value.get("text")
+            # Nearly all are of this kind.
+            if text and type(text) is str and len(value) == 2:
+                yield at, chatd.TextDelta(text)
+            else:
+                yield at, _event(value)
         except (TypeError, ValueError) as error:
             told = error if isinstance(error, Unreadable) else "is none that chatd knows"
             raise Unreadable(f"has an event {i} that {told}") from None
 
 
 def _at(value: Mapping[str, Any]) -> float:
-    at = value.get("at")
-    if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at <= MAX_SECONDS:
+    at: Any = value.get("at")
+    if type(at) not in (int, float) or not 0 <= at <= MAX_SECONDS:
         raise Unreadable('has no "at", a number of seconds')
     return float(at)
 
 
 def _event(value: dict[str, Any]) -> chatd.Event:
     match {name: part for name, part in value.items() if name != "at"}:
-        case {"text": str(text), **rest} if text and not rest:
-            return chatd.TextDelta(text)
         case {"reasoning": str(text), **rest} if not rest:
             return chatd.ReasoningDelta(text)
         case {"tool_call": dict(call), **rest} if not rest:
@@ -197,6 +208,8 @@ def places(path: Path) -> Iterator[tuple[bytes, Place]]:
 
 
 def _places(path: Path, file: BinaryIO) -> Iterator[tuple[bytes, Place]]:
+    if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+        raise chatd.PluginError(f"replay: {path} has more than {MAX_FILE_BYTES} bytes: split it")
     offset, found = 0, 0
     for number in itertools.count(1):
         line = file.readline(MAX_LINE_BYTES + 1)
@@ -285,11 +298,10 @@ class Replay:
             raise error
 
     async def _wait(self, began: float, at: float) -> None:
-        """Waits until the time of an event."""
-        if self._speed:
-            left = began + at / self._speed - asyncio.get_running_loop().time()
-            if left > 0:
-                await asyncio.sleep(left)
+        """Waits until the time of an event; in any case others get their turn."""
+        now = asyncio.get_running_loop().time()
+        due = began + at / self._speed if self._speed else now
+        await asyncio.sleep(max(0, due - now))
 
     def _next(self, request: chatd.ProviderRequest) -> int:
         """Which recording answers a request."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import re
 import shutil
 import stat
+import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -20,6 +23,8 @@ from hypothesis import strategies as st
 from tornado.ioloop import IOLoop
 
 import chatd
+from chatd.app import offers
+from chatd.config import ConfigFile
 from chatd.domain import Message, Usage
 from chatd.offers import Register
 from chatd.provider import (
@@ -43,9 +48,11 @@ from chatd.testing import (
 )
 from chatd.testing.fake_provider import SSE_HEAD, http_response, sse
 from chatd.testing.provider import collect, failure, text_of
+from chatd.validation import Schema
 from tests import test_providers
 from tests.conftest import Serve
-from tests.support import KEY, Answer, Served, chatd_command
+from tests.support import KEY, Answer, Served, chatd_command, server_process
+from tests.test_cli import wait_for
 from tests.test_config import faults
 from tests.test_providers import ANSWER, ANSWERED_BY, ASKED, QUESTION, Aimock, ask
 from tests.test_streaming import parsed, said
@@ -91,10 +98,10 @@ class Scripted:
 
 def register(inner: Any = None) -> Register[Provider]:
     """All bundled providers, and `scripted`, which is `inner`."""
-    offers = dict(load_registry().providers)
+    bundled = dict(load_registry().providers)
     # It opens what it wraps through the register that it was handed.
-    del offers["record"]
-    register = Register[Provider]("provider", "tests", offers)
+    del bundled["record"]
+    register = Register[Provider]("provider", "tests", bundled)
     record_plugin.chatd_register_provider(register)
 
     async def open_scripted(settings: Mapping[str, Any]) -> Provider:
@@ -503,6 +510,63 @@ async def test_a_file_that_can_no_longer_be_written_harms_no_answer(
     assert QUESTION not in caplog.text
 
 
+async def test_a_disk_that_hangs_harms_no_answer(
+    io_loop: IOLoop,
+    file: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(record_plugin, "MAX_WAITING_BYTES", 10)
+    provider = await scripted(file, TextDelta("Hi"), Finish("stop"))
+    with file.open() as held:
+        # To the writer, a lock that another process keeps.
+        fcntl.flock(held, fcntl.LOCK_EX)
+        async with aclosing(provider.stream(ask())) as events:
+            assert [await anext(events), await anext(events)] == [TextDelta("Hi"), Finish("stop")]
+        assert text_of(await collect(provider, ask())) == "Hi"
+        assert file.read_text() == ""
+    await provider.close()
+    [line] = lines_of(file)
+    assert "error" not in line
+    assert "an answer is not recorded: " in caplog.text and "written too slowly" in caplog.text
+
+
+def test_an_answer_that_a_client_was_given_outlives_a_killed_server(tmp_path: Path) -> None:
+    rest = "storage: {use: sqlite}\nmodels: [{match: '*', ask: [main]}]\n"
+    inner = "of: {use: echo, reply: 'You said: {message}'}"
+    (tmp_path / "chatd.yaml").write_text(
+        f"providers: {{main: {{use: record, file: answers.jsonl, {inner}}}}}\n{rest}"
+        "first_chatbot: {name: Bot, model: test/model}\n"
+    )
+    with server_process(tmp_path) as server:
+        url = server.url
+        wait_for(lambda: "curl" in server.stderr)
+        bot, key = (
+            re.search(rf"{word} +(\S+)", server.stderr)[1]  # type: ignore[index]
+            for word in ("assistant_id", "api_key")
+        )
+        known = {"assistant_id": bot, "api_key": key}
+        session = _post(f"{url}/api/chat/session", known)["session_id"]
+        messages = [{"role": "user", "content": "Hello"}]
+        said_now = {"session_id": session, "type": "message", "messages": messages}
+        answer = _post(f"{url}/api/chat", {**known, **said_now})
+        server.kill()
+    assert answer["response"] == "You said: Hello"
+    (tmp_path / "chatd.yaml").write_text(
+        f"providers: {{main: {{use: replay, file: answers.jsonl}}}}\n{rest}"
+    )
+    said_again = chatd_command("chat", "Bot", cwd=tmp_path, stdin="Hello\n")
+    assert said_again.stdout == "You said: Hello\n"
+    assert key not in (tmp_path / "answers.jsonl").read_text()
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
 async def test_an_answer_over_the_cap_is_told_whole_and_not_recorded(
     io_loop: IOLoop, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -770,6 +834,10 @@ def with_events(events: str, more: str = "") -> str:
         (GOOD + "{torn}\n" + GOOD, "FILE:2: the line is not JSON"),
         (GOOD + "\xff\n", "FILE:2: the line is not JSON"),
         (GOOD + "[" * 100_000 + "\n", "FILE:2: the line is not JSON"),
+        (
+            GOOD.replace('"m"', '"m", "parameters": ' + '{"a": ' * 900 + "1" + "}" * 900),
+            "FILE:1: the line is nested too deep",
+        ),
         (GOOD + "[1]\n", "FILE:2: the line is not a JSON object"),
         (GOOD + '{"a": 1}\n', 'FILE:2: the line has no "version"'),
         (GOOD.replace("1", "true", 1), 'FILE:1: the line has no "version"'),
@@ -817,6 +885,13 @@ async def test_a_file_that_cannot_be_replayed_stops_the_start_with_its_line(
         await replaying(file)
     assert str(raised.value).startswith("replay: ")
     assert told.replace("FILE", str(file)) in str(raised.value)
+
+
+async def test_a_file_that_takes_too_long_to_read_is_refused(io_loop: IOLoop, file: Path) -> None:
+    with file.open("wb") as sparse:
+        sparse.truncate(64 * 1024 * 1024 + 1)
+    with pytest.raises(chatd.PluginError, match="has more than 67108864 bytes: split it"):
+        await replaying(file)
 
 
 async def test_a_file_of_too_many_recordings_is_refused(
@@ -923,6 +998,30 @@ def test_the_settings_of_the_provider_inside_are_checked_with_their_line(
     assert faults(text) == told
 
 
+def test_offers_of_any_kind_may_stand_inside_in_a_list_too() -> None:
+    inside = {"of": {"items": {"x-use": "provider"}}, "in": {"x-use": "storage"}}
+    known = offers(load_registry())
+    known = {**known, "provider": {**known["provider"], "many": Schema({"properties": inside})}}
+    text = (
+        "storage: {use: sqlite}\n"
+        "providers:\n"
+        "  main:\n"
+        "    use: many\n"
+        "    in: {use: sqlit}\n"
+        "    of:\n"
+        "    - {use: echo}\n"
+        "    - {use: echo, replly: x}\n"
+        "models: [{match: '*', ask: [main]}]\n"
+    )
+    with pytest.raises(chatd.ConfigError) as raised:
+        ConfigFile("c.yaml", text, {}).check(known)
+    assert raised.value.faults == (
+        'c.yaml:5: providers.main.in.use: no plugin offers the storage "sqlit", '
+        'did you mean "sqlite"?',
+        'c.yaml:8: providers.main.of[1].replly: unknown key, did you mean "reply"?',
+    )
+
+
 async def test_what_the_provider_inside_says_when_it_opens_is_told(
     io_loop: IOLoop, file: Path
 ) -> None:
@@ -942,17 +1041,17 @@ async def test_a_provider_that_is_opened_by_another_is_looked_for_and_checked(
 
 
 async def test_a_provider_that_cannot_be_opened_is_named(io_loop: IOLoop) -> None:
-    offers = Register[Provider]("provider", "tests", {})
+    own = Register[Provider]("provider", "tests", {})
 
     async def open_itself(settings: Mapping[str, Any]) -> Provider:
-        return await offers.open("itself", settings)
+        return await own.open("itself", settings)
 
     async def open_broken(settings: Mapping[str, Any]) -> Provider:
         raise ValueError("broken")
 
-    offers.add("itself", open_itself, {}, "")
-    offers.add("broken", open_broken, {}, "")
+    own.add("itself", open_itself, {}, "")
+    own.add("broken", open_broken, {}, "")
     with pytest.raises(chatd.PluginError, match='"broken" cannot be opened: ValueError: broken'):
-        await offers.open("broken", {})
+        await own.open("broken", {})
     with pytest.raises(chatd.PluginError, match='"itself" cannot be opened: RecursionError'):
-        await offers.open("itself", {})
+        await own.open("itself", {})
