@@ -425,7 +425,6 @@ FAULTS = [
 ]
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("plugin", "fault"), [pytest.param(p, f, id=f"{p}-{f.__name__}") for p, f in FAULTS]
 )
