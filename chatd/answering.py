@@ -191,7 +191,7 @@ def _told(failure: ProviderError) -> RequestError:
     """What the client is told of a provider's failure: nothing of the provider's own words."""
     asked = failure.retry_after
     known = isinstance(asked, int | float) and 0 < asked < math.inf
-    wait = min(float(asked), MAX_RETRY_AFTER) if known and asked is not None else None
+    wait = min(asked, MAX_RETRY_AFTER) if known and asked is not None else None
     match failure.kind:
         case ProviderErrorKind.TIMEOUT:
             return ProviderTimeout()

@@ -96,7 +96,8 @@ class Breaker:
     def _failed(self, tries: bool) -> bool:
         self.failed_at = self._clock()
         good, bad = self._tally(1)
-        if tries:
+        # Of several that were forced one may have closed it meanwhile.
+        if tries and self._opened is not None:
             self._opened, self._probing = self.failed_at, False
         if self._opened is not None or good + bad < self._settings.requests:
             return False

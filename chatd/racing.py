@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from chatd.provider import Event, TextDelta, ToolCallDelta
 
@@ -20,23 +20,27 @@ _hanging_up: set[asyncio.Task[None]] = set()
 class Contender(Protocol):
     """What is told when it lost."""
 
-    lost: bool
+    def lose(self) -> None:
+        """Another is taken; this one may never end."""
 
 
-class Racer:
+C = TypeVar("C", bound=Contender)
+
+
+class Racer(Generic[C]):
     """An answer that is read by a task of its own, so that more than one can be waited for.
 
-    :param attempt: gets `lost` set when another is taken.
+    :param attempt: told when another is taken.
     """
 
-    def __init__(self, attempt: Contender, events: AsyncGenerator[Event, None]) -> None:
-        self._attempt = attempt
+    def __init__(self, attempt: C, events: AsyncGenerator[Event, None]) -> None:
+        self.attempt = attempt
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self.failure: BaseException | None = None
         """What it ended with, when it failed."""
         self.begun: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         """Done once something can be seen (true), or it ended before that (false)."""
-        self._task = asyncio.create_task(self._read(events))
+        self.task = asyncio.create_task(self._read(events))
 
     async def _read(self, events: AsyncGenerator[Event, None]) -> None:
         try:
@@ -64,19 +68,26 @@ class Racer:
 
     def lose(self) -> None:
         """Hangs up, since another one is taken."""
-        if not self._task.done():
-            self._attempt.lost = True
+        if not self.task.done():
+            self.attempt.lose()
         self.cancel()
 
     def cancel(self) -> None:
         """Hangs up, if it goes on; what it takes to do so is not waited for."""
-        if not self._task.done():
-            _hanging_up.add(self._task)
-            self._task.add_done_callback(_hanging_up.discard)
-            self._task.cancel()
+        if not self.task.done():
+            _hanging_up.add(self.task)
+            self.task.add_done_callback(_hanging_up.discard)
+            self.task.cancel()
 
 
-async def first_to_begin(racers: Sequence[Racer]) -> Racer:
+async def hung_up(seconds: float) -> int:
+    """Waits that long for what was hung up on to end, and says how much of it does not."""
+    if _hanging_up:
+        await asyncio.wait(_hanging_up, timeout=seconds)
+    return len(_hanging_up)
+
+
+async def first_to_begin(racers: Sequence[Racer[C]]) -> Racer[C]:
     """The first that says something; when none does, the last one to fail."""
     waiting = {racer.begun: racer for racer in racers}
     while True:

@@ -54,6 +54,9 @@ MAX_PAIRS = 1000
 CLOSE_SECONDS = 1.0
 """How long a provider may take to let go of an answer that is over."""
 
+HANG_UP_SECONDS = 0.1
+"""How long the end of a race waits for those that were hung up on."""
+
 HEDGE_SAMPLES = 20
 """How many first tokens must have been timed before one can be called late."""
 
@@ -119,6 +122,22 @@ class Attempt:
     """Whether another was quicker, and this one was hung up on."""
     prices: tuple[Price, ...] = ()
     generation: Callable[[], Awaitable[Usage | None]] | None = field(default=None, repr=False)
+    ticket: Ticket | None = field(default=None, repr=False)
+    """What its breaker waits for, until it ends."""
+    began: float = field(default_factory=time.monotonic, repr=False)
+
+    def end(self) -> None:
+        """Records that it is over; called again, it changes nothing."""
+        if self.ticket is not None:
+            self.ms = round((time.monotonic() - self.began) * 1000)
+            self.ticket = None
+
+    def lose(self) -> None:
+        """Records that another was quicker. A breaker does not wait for how this one ends."""
+        self.lost = True
+        if self.ticket is not None:
+            self.ticket.dropped()
+        self.end()
 
     def fail(self, kind: ProviderErrorKind, *, reached_model: bool) -> None:
         """Records how the attempt failed."""
@@ -150,14 +169,16 @@ class Trail:
     """What splitting the traffic chose, as provider/model; None where nothing is split."""
     shortened: bool = False
     """Whether history was left out because the model found it too long."""
+    answering: Attempt | None = None
+    """Who answers, or was asked last."""
 
-    @property
-    def answering(self) -> Attempt | None:
-        """Who answered, or was asked last."""
-        for attempt in reversed(self.attempts):
-            if not attempt.lost:
-                return attempt
-        return None
+    def give_up(self) -> None:
+        """Counts what does not end as failed: no breaker waits for it."""
+        for attempt in self.attempts:
+            if attempt.ticket is not None:
+                attempt.fail(_Kind.TIMEOUT, reached_model=True)
+                attempt.ticket.failed()
+                attempt.end()
 
     @property
     def usage(self) -> Usage | None:
@@ -298,7 +319,7 @@ class Router:
         others: Sequence[Target],
     ) -> AsyncGenerator[Event, None]:
         """One attempt, or two that race where hedging is on and it is known what is late."""
-        attempt = self._attempt(target, request, trail)
+        attempt = self._attempt(target, request, trail, ticket)
         asked = self._events(request, trail, target, attempt, ticket, last=not others)
         if others and self.rule(request.model).hedge:
             late = self._pair(target, request.model).late_after()
@@ -306,9 +327,13 @@ class Router:
                 return self._raced(request, trail, (attempt, asked), others, late)
         return asked
 
-    def _attempt(self, target: Target, request: ProviderRequest, trail: Trail) -> Attempt:
-        attempt = Attempt(target.name, target.model or request.model, prices=target.prices)
+    def _attempt(
+        self, target: Target, request: ProviderRequest, trail: Trail, ticket: Ticket
+    ) -> Attempt:
+        model = target.model or request.model
+        attempt = Attempt(target.name, model, prices=target.prices, ticket=ticket)
         trail.attempts.append(attempt)
+        trail.answering = attempt
         return attempt
 
     async def _raced(
@@ -327,11 +352,15 @@ class Router:
                 for target in others:
                     pair = self._pair(target, request.model)
                     if (ticket := pair.breaker.ask()) is not None:
-                        attempt = self._attempt(target, request, trail)
+                        attempt = self._attempt(target, request, trail, ticket)
                         asked = self._events(request, trail, target, attempt, ticket, last=True)
                         racers.append(Racer(attempt, asked))
                         break
             winner = await first_to_begin(racers)
+            if not winner.begun.result():
+                # Whether the first is asked again depends on its own failure.
+                winner = racers[0]
+            trail.answering = winner.attempt
             for racer in racers:
                 if racer is not winner:
                     racer.lose()
@@ -340,6 +369,8 @@ class Router:
         finally:
             for racer in racers:
                 racer.cancel()
+            # So that what is stored of the attempts says how they ended.
+            await asyncio.wait([racer.task for racer in racers], timeout=HANG_UP_SECONDS)
 
     async def _events(
         self,
@@ -355,31 +386,30 @@ class Router:
         timeouts = target.timeouts
         # A plain answer comes whole, within the turn's deadline; the next in the chain needs some.
         limit = timeouts.first_token if request.stream or not last else math.inf
-        began = time.monotonic()
         said, events = False, None
         watchdog = Watchdog()
         due = watchdog.in_seconds(limit)
         try:
             options = request.options.get(target.use) or {}
             asked = replace(request, model=attempt.model, timeouts=timeouts, options=options)
+            watchdog.watch(due)
             events = target.provider.stream(asked)
             while True:
-                watchdog.watch(due)
                 event = checked(await anext(events))
-                watchdog.rest()
                 attempt.reached_model = True
                 if not isinstance(event, VISIBLE):
                     _note(target, attempt, event, said)
-                elif isinstance(event, TextDelta) and not event.text:
-                    continue
-                elif not said:
+                elif not said and not _is_empty(event):
                     said = True
-                    self._began(target, attempt, ticket, time.monotonic() - began)
-                yield event
-                if isinstance(event, Finish):
-                    return
-                if isinstance(event, TOKENS) and request.stream:
-                    due = watchdog.in_seconds(timeouts.idle)
+                    self._began(target, attempt, ticket)
+                watchdog.rest()
+                if not _is_empty(event):
+                    yield event
+                    if isinstance(event, Finish):
+                        return
+                    if isinstance(event, TOKENS) and request.stream:
+                        due = watchdog.in_seconds(timeouts.idle)
+                watchdog.watch(due)
         except BaseException as raised:
             failure = _understood(target, raised, watchdog)
             if isinstance(failure, asyncio.CancelledError) and watchdog.is_past(trail.deadline):
@@ -391,13 +421,14 @@ class Router:
         finally:
             watchdog.close()
             ticket.dropped()
-            attempt.ms = round((time.monotonic() - began) * 1000)
+            attempt.end()
             if attempt.usage is not None:
                 attempt.usage = attempt.priced(attempt.usage)
             if events is not None:
                 await _close(target, events)
 
-    def _began(self, target: Target, attempt: Attempt, ticket: Ticket, seconds: float) -> None:
+    def _began(self, target: Target, attempt: Attempt, ticket: Ticket) -> None:
+        seconds = time.monotonic() - attempt.began
         self._pair(target, attempt.model).first_tokens.append(seconds)
         if ticket.succeeded():
             log.warning("provider %s answers again for model %s", target.name, attempt.model)
@@ -451,15 +482,19 @@ def _pause(
     if failure.kind is _Kind.TIMEOUT and failure.status is None:
         # It took its time already.
         return None
+    left = deadline - asyncio.get_running_loop().time()
     pause = random.uniform(0, min(retries.most, retries.base * 2 ** (count - 1)))
     hint = failure.retry_after
-    if hint is not None and 0 < hint < math.inf:
-        if others and hint > retries.patience:
+    # A plugin may have put anything there.
+    if isinstance(hint, int | float) and 0 < hint < math.inf:
+        if (others and hint > retries.patience) or hint >= left:
             return None
         pause += hint
-    if asyncio.get_running_loop().time() + pause >= deadline:
-        return None
-    return pause
+    return pause if pause < left else None
+
+
+def _is_empty(event: Event) -> bool:
+    return isinstance(event, (TextDelta, ReasoningDelta)) and not event.text
 
 
 def _note(target: Target, attempt: Attempt, event: Event, said: bool) -> None:

@@ -18,7 +18,9 @@ from chatd.app import first_chatbot, open_runtime
 from chatd.config import Config, ServerConfig
 from chatd.domain import Chatbot
 from chatd.errors import ChatdError
+from chatd.racing import hung_up
 from chatd.registry import Registry
+from chatd.routing import CLOSE_SECONDS
 from chatd.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -92,10 +94,11 @@ async def serve(config: Config, registry: Registry, ready: Ready) -> None:
         server.stop()
         await _drain(runtime.services.turns, config.server.drain_seconds, signals.hurrying)
         await server.close_all_connections()
+        racing = await hung_up(CLOSE_SECONDS)
     log.info("stopped")
-    if runtime.services.turns.stuck:
+    if stuck := len(runtime.services.turns.stuck) + racing:
         # The event loop would wait for them for ever.
-        log.error("%s turns do not end; the process does", len(runtime.services.turns.stuck))
+        log.error("%s turns do not end; the process does", stuck)
         logging.shutdown()
         os._exit(0)
 

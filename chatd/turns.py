@@ -375,6 +375,7 @@ class Turns:
         """Ends a turn whose task does not end."""
         log.error("turn %s was given up: %s does not end", turn.id, asked(turn))
         turn.answering = False
+        turn.trail.give_up()
         if turn.task is not None:
             self._books.tasks.discard(turn.task)
             self.stuck.add(turn.task)

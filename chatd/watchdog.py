@@ -14,7 +14,7 @@ class Watchdog:
     """
 
     __slots__ = (
-        "_cancelling",
+        "_before",
         "_due",
         "_fired",
         "_loop",
@@ -29,7 +29,7 @@ class Watchdog:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[object] | None = None
         self._due = math.inf
-        self._cancelling = 0
+        self._before = 0
         self._fired = False
         self.is_waiting = False
         """Whether a wait began and did not end."""
@@ -48,6 +48,7 @@ class Watchdog:
     def watch(self, due: float) -> None:
         """Begins a wait of the current task, which is cancelled at `due`."""
         self._task = asyncio.current_task(self._loop)
+        self._before = self._task.cancelling() if self._task is not None else 0
         self._due = due
         self.is_waiting = True
         if due < math.inf and (self._timer is None or due < self._timer.when()):
@@ -55,9 +56,9 @@ class Watchdog:
             self._timer = self._loop.call_at(due, self._check)
 
     def rest(self) -> None:
-        """Ends the wait. Raises `TimeoutError` when it was cancelled and went on all the same."""
-        if self._fired:
-            raise TimeoutError
+        """Ends the wait. Raises `CancelledError` when it was cancelled and went on all the same."""
+        if self._task is not None and self._task.cancelling() > self._before:
+            raise asyncio.CancelledError
         self.is_waiting = False
 
     def fired(self) -> bool:
@@ -68,7 +69,7 @@ class Watchdog:
         if not self._fired or self._task is None:
             return False
         self._fired = False
-        return self._task.uncancel() <= self._cancelling
+        return self._task.uncancel() <= self._before
 
     def close(self) -> None:
         """Lets go of the timer."""
@@ -84,5 +85,4 @@ class Watchdog:
             self._timer = self._loop.call_at(self._due, self._check)
             return
         self._fired = True
-        self._cancelling = self._task.cancelling()
         self._task.cancel()

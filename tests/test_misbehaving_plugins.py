@@ -194,6 +194,150 @@ def test_a_plugin_that_cannot_be_closed_is_named_and_the_server_stops_well(tmp_p
         assert "providers.broken could not be closed: ZeroDivisionError" in server.stdout
 
 
+async def test_one_that_raises_before_it_is_a_generator_does_not_keep_the_next_from_answering(
+    serve: Serve, tmp_path: Path
+) -> None:
+    text = plugin(tmp_path, "raise ZeroDivisionError")
+    file = tmp_path / "plugins" / "broken.py"
+    file.write_text(file.read_text().replace("async def stream", "def stream"))
+    served = await serve(text)
+    bot = await served.add_bot(model="chain/model")
+    answer = await served.chat(bot, await served.session(bot), "hi")
+    assert (answer.status, answer.json["response"]) == (200, "from the echo")
+
+
+@pytest.mark.parametrize("hint", ["'soon'", "float('nan')", "-1", "10**400"])
+async def test_a_hint_to_wait_that_is_none_is_passed_over(
+    serve: Serve, tmp_path: Path, hint: str
+) -> None:
+    kind = "chatd.ProviderErrorKind.RATE_LIMIT"
+    body = f"raise chatd.ProviderError({kind}, 'no', retry_after={hint}); yield"
+    served = await serve(plugin(tmp_path, body))
+    bot = await served.add_bot()
+    answer = await served.chat(bot, await served.session(bot), "hi")
+    assert_problem(answer, 429, "rate_limited")
+
+
+SHRUGS = """while True:
+    try:
+        await asyncio.sleep(0.01)
+    except asyncio.CancelledError:
+        pass
+    yield chatd.TextDelta('x')"""
+
+
+async def test_one_that_talks_on_when_it_is_cancelled_is_ended_at_its_next_word(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = await serve(plugin(tmp_path, SHRUGS, plain=0.3))
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    answer = await served.chat(bot, session, "hi")
+    assert (answer.status, answer.json["finish_reason"]) == (200, "interrupted")
+    assert set(answer.json["response"]) == {"x"}
+    saying = asyncio.create_task(served.chat(bot, session, "again", stream=True))
+    turns = served.runtime.services.turns
+    while await turns.running_in(bot, session) is None:
+        await asyncio.sleep(0.01)
+    await turns.stop_in(bot, session)
+    assert b'"abort"' in (await saying).body
+    assert (await last_turn(served, session)).status is TurnStatus.STOPPED
+    assert "was given up" not in caplog.text and not turns.stuck
+
+
+FAILS_HANGS_ANSWERS = """self.asked = getattr(self, 'asked', 0) + 1
+if self.asked == 1:
+    raise chatd.ProviderError(chatd.ProviderErrorKind.OVERLOADED, 'sorry')
+for _ in range(3 if self.asked == 2 else 0):
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        pass
+yield chatd.TextDelta('back again')
+yield chatd.Finish('stop')"""
+
+
+async def test_a_try_that_does_not_end_does_not_keep_others_from_trying(
+    serve: Serve, tmp_path: Path
+) -> None:
+    text = plugin(tmp_path, FAILS_HANGS_ANSWERS, plain=0.3)
+    touchy = "retries: {attempts: 1}, breaker: {requests: 1, open_seconds: 0.2}, timeouts"
+    served = await serve(text.replace("use: broken, timeouts", f"use: broken, {touchy}"))
+    bot = await served.add_bot(model="chain/model")
+    session = await served.session(bot)
+    assert (await served.chat(bot, session, "hi")).json["response"] == "from the echo"
+    await asyncio.sleep(0.3)
+    assert_problem(await served.chat(bot, session, "again"), 504, "provider_timeout")
+    turn = await last_turn(served, session)
+    assert [attempt["error"] for attempt in turn.attempts] == ["timeout"]
+    await asyncio.sleep(0.3)
+    assert (await served.chat(bot, session, "and again")).json["response"] == "back again"
+    for task in list(served.runtime.services.turns.stuck):
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0.01)
+
+
+ANSWERS_20_TIMES = f"""self.asked = getattr(self, 'asked', 0) + 1
+if self.asked <= 20:
+    yield chatd.TextDelta('usual')
+    yield chatd.Finish('stop')
+    return
+{HOLDS_ON}"""
+
+
+def test_a_loser_that_cannot_be_hung_up_on_does_not_keep_the_server_from_stopping(
+    tmp_path: Path,
+) -> None:
+    from tests.test_process import Client
+
+    text = plugin(tmp_path, ANSWERS_20_TIMES)
+    text = text.replace("ask: [broken]}", "ask: [broken, echo], hedge: true}")
+    (tmp_path / "chatd.yaml").write_text(text.replace("%(storage)s", "{use: sqlite}"))
+    with server_process(tmp_path) as server:
+        client = Client(server)
+        answers = [client.say("hi")[1]["response"] for _ in range(21)]
+        assert answers == ["usual"] * 20 + ["from the echo"]
+        assert server.stop() == 0
+        assert "turns do not end; the process does" in server.stdout
+
+
+TWICE = """
+import chatd
+
+class Twice:
+    async def around(self, turn, proceed):
+        async for event in proceed(turn):
+            {first}
+        async for event in proceed(turn):
+            yield event
+
+    async def close(self):
+        pass
+
+async def open_twice(settings):
+    return Twice()
+
+@chatd.hookimpl
+def chatd_register_interceptor(register):
+    register.add("twice", open_twice, {{"type": "object"}}, "asks twice")
+"""
+
+
+@pytest.mark.parametrize("first", ["pass", "break"])
+async def test_an_interceptor_may_ask_twice_and_both_are_recorded(
+    serve: Serve, tmp_path: Path, first: str
+) -> None:
+    text = plugin(tmp_path, "yield chatd.TextDelta('well')\nyield chatd.Finish('stop')")
+    (tmp_path / "plugins" / "twice.py").write_text(TWICE.format(first=first))
+    served = await serve(text + "interceptors: [{use: twice}]\n")
+    bot = await served.add_bot()
+    session = await served.session(bot)
+    assert (await served.chat(bot, session, "hi")).json["response"] == "well"
+    turn = await last_turn(served, session)
+    assert [attempt["error"] for attempt in turn.attempts] == [None, None]
+
+
 async def test_what_failed_attempts_cost_is_counted_too(serve: Serve, tmp_path: Path) -> None:
     body = (
         "yield chatd.UsageReport(chatd.Usage(input_tokens=7, cost_usd=0.5))\n"

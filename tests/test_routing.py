@@ -92,6 +92,10 @@ class Chat:
         """Another session."""
         return Chat(self.served, self.bot, await self.served.session(self.bot))
 
+    async def stop(self) -> None:
+        """Stops the turn that runs, and waits for its end."""
+        await self.served.runtime.services.turns.stop_in(self.bot, self.session)
+
     async def turn(self) -> TurnRecord:
         """The last turn, as it is stored."""
         return await self.served.last_turn(self.bot, self.session)
@@ -241,6 +245,39 @@ async def test_no_pause_goes_beyond_the_deadline_of_the_turn(
     here = await chat(settings="timeouts: {plain: 2}")
     got = await here.say()
     assert (got.status, got.json["code"]) == (429, "rate_limited")
+    assert len(first.requests) == 1
+
+
+async def pausing(here: Chat, first: FakeProvider) -> asyncio.Task[Answer]:
+    """A turn that waits before it asks again."""
+    first.always(http_response(429, b"", {"Retry-After": "10"}))
+    saying = asyncio.create_task(here.say())
+    await (await first.received()).closed_within(10)
+    return saying
+
+
+async def test_a_turn_that_is_stopped_in_a_pause_asks_nobody_again(
+    chat: Open, first: FakeProvider
+) -> None:
+    here = await chat()
+    saying = await pausing(here, first)
+    await here.stop()
+    assert (await saying).status == 200
+    assert (await here.turn()).status is TurnStatus.STOPPED
+    assert await here.asked() == [("first", MODEL, "rate_limit")]
+    assert len(first.requests) == 1
+
+
+async def test_a_server_that_stops_does_not_wait_for_a_pause_beyond_its_patience(
+    chat: Open, first: FakeProvider
+) -> None:
+    here = await chat()
+    saying = await pausing(here, first)
+    await here.served.runtime.services.turns.drain(0)
+    got = await saying
+    assert (got.status, got.json["code"]) == (503, "shutting_down")
+    turn = await here.turn()
+    assert (turn.status, turn.error_code) == (TurnStatus.FAILED, "shutting_down")
     assert len(first.requests) == 1
 
 
@@ -458,6 +495,16 @@ def test_a_late_success_from_before_does_not_close_it() -> None:
     assert breaker.state is BreakerState.OPEN
 
 
+def test_a_forced_try_that_fails_late_does_not_open_what_another_closed() -> None:
+    breaker = Breaker(BreakerSettings(requests=3), Clock())
+    for _ in range(3):
+        breaker.force().failed()
+    one, other = breaker.force(), breaker.force()
+    assert one.succeeded()
+    other.failed()
+    assert breaker.state is BreakerState.CLOSED
+
+
 # Splitting
 
 
@@ -543,7 +590,48 @@ async def test_when_one_of_two_fails_the_other_is_waited_for(
     assert [error for _, _, error in await here.asked()] == ["overloaded", None]
 
 
-async def test_stopping_a_race_hangs_up_on_both(
+async def test_one_that_fails_in_a_race_is_not_taken_for_the_one_that_answers(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    here = await chat(CHAIN, hedge=True)
+    await warmed(here, first)
+    first.always(Pause(0.8), answer("Late but good."))
+    second.always(http_response(500, b""))
+    assert (await here.say()).json["response"] == "Late but good."
+    assert [error for _, _, error in await here.asked()] == [None, "overloaded"]
+    assert (await here.turn()).provider == "first"
+
+
+async def test_who_refused_in_a_race_is_not_asked_again_although_the_other_failed_later(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    here = await chat(CHAIN, hedge=True)
+    await warmed(here, first)
+    first.always(Pause(0.4), http_response(401, b""))
+    second.always(Pause(0.6), http_response(503, b""))
+    assert (await here.say()).status == 502
+    assert len(first.requests) == 21
+
+
+async def test_stopping_a_race_hangs_up_on_both_and_keeps_the_answer_stopped(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    here = await chat(CHAIN, hedge=True)
+    await warmed(here, first)
+    first.always(Hold())
+    second.always(Hold())
+    saying = asyncio.create_task(here.say(stream=True))
+    await second.received()
+    await here.stop()
+    assert b'"abort"' in (await saying).body
+    await first.requests[-1].closed_within(5)
+    await second.requests[-1].closed_within(5)
+    turn = await here.turn()
+    assert turn.status is TurnStatus.STOPPED
+    assert [attempt["error"] for attempt in turn.attempts] == [None, None]
+
+
+async def test_a_race_that_hits_the_deadline_hangs_up_on_both_and_both_failed(
     chat: Open, first: FakeProvider, second: FakeProvider
 ) -> None:
     here = await chat(CHAIN, hedge=True, settings="timeouts: {plain: 2}")
@@ -553,6 +641,7 @@ async def test_stopping_a_race_hangs_up_on_both(
     assert (await here.say()).json["code"] == "provider_timeout"
     await first.requests[-1].closed_within(5)
     await second.requests[-1].closed_within(5)
+    assert [error for _, _, error in await here.asked()] == ["timeout", "timeout"]
 
 
 async def test_without_hedging_nobody_else_is_asked_however_late_it_is(
