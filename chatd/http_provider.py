@@ -294,6 +294,9 @@ class HttpProvider(ABC):
                 body = await self._json(response)
         except (ProviderError, aiohttp.ClientError, TimeoutError):
             body = None
+        # Google's is a list of one.
+        if isinstance(body, list) and body:
+            body = body[0]
         # Some servers tell it at the top.
         error = body.get("error", body) if isinstance(body, dict) else None
         raise self._told(error, response.status, request, response.headers)
