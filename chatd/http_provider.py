@@ -44,6 +44,11 @@ GET_SECONDS = 10.0
 _Kind = ProviderErrorKind
 _NAME = re.compile(r"[ -~]{1,200}")
 _NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_DIED = (
+    aiohttp.ServerDisconnectedError,
+    aiohttp.ClientOSError,
+    aiohttp.ClientConnectionResetError,
+)
 
 
 class ServiceError(Exception):
@@ -237,7 +242,7 @@ class HttpProvider(ABC):
         used = _Used()
         try:
             return await self._request(self._http, method, path, data, connect, used)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        except _DIED as error:
             if not used.before or _has_begun(error):
                 raise
         return await self._request(self._unpooled, method, path, data, connect, _Used())
@@ -294,6 +299,9 @@ class HttpProvider(ABC):
                 body = await self._json(response)
         except (ProviderError, aiohttp.ClientError, TimeoutError):
             body = None
+        # Google's is a list of one.
+        if isinstance(body, list) and body:
+            body = body[0]
         # Some servers tell it at the top.
         error = body.get("error", body) if isinstance(body, dict) else None
         raise self._told(error, response.status, request, response.headers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import chatd
@@ -238,6 +239,9 @@ class MessageAnswer(chatd.HttpAnswer):
                 message = _object(event.get("message"))
                 self.named(message.get("model"))
                 self._count(message.get("usage"))
+                if self.usage is not None:
+                    # All that is known of an answer that is broken off later.
+                    return (chatd.UsageReport(replace(self.usage, output_tokens=None)),)
             case "message_delta":
                 self._count(event.get("usage"))
                 self._ended(_object(event.get("delta")).get("stop_reason"))

@@ -425,6 +425,7 @@ async def test_a_stream_of_thoughts_text_and_calls_is_read(
         ),
     )
     assert await collect(provider, ask()) == [
+        UsageReport(Usage(60, cached_tokens=30)),
         ReasoningDelta("Hm."),
         TextDelta("I look."),
         ToolCallDelta(0, "toolu_1", "weather"),
@@ -506,7 +507,17 @@ async def test_usage_is_what_was_counted_last(
     first, last = counts
     fake.answer(SSE_HEAD, sse(start(**first)), SAID, sse(ended(**last), STOP))
     reports = [e.usage for e in await collect(provider, ask()) if isinstance(e, UsageReport)]
-    assert reports == ([] if usage is None else [usage])
+    assert reports[-1:] == ([] if usage is None else [usage])
+
+
+async def test_of_an_answer_that_is_broken_off_it_is_known_what_was_asked(
+    provider: Provider, fake: FakeProvider
+) -> None:
+    begun = start(input_tokens=10, cache_read_input_tokens=5, output_tokens=1)
+    fake.answer(SSE_HEAD, sse(begun), Hold())
+    events = provider.stream(ask())
+    assert await anext(events) == UsageReport(Usage(15, cached_tokens=5))
+    await events.aclose()
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,16 @@ async def test_when_to_ask_again_is_told_with_the_error(
     assert hints == [19, 18, 17, 0.02, None]
 
 
+async def test_an_error_in_a_list_of_one_is_read(provider: Provider, fake: FakeProvider) -> None:
+    info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "3.5s"}
+    error = {"code": 429, "message": "Quota exceeded", "details": [info]}
+    body = json.dumps([{"error": error}])
+    fake.answer(http_response(429, body, {"Content-Type": "application/json"}))
+    failed = await failure(provider, ASKED)
+    assert (failed.kind, failed.retry_after) == (Kind.RATE_LIMIT, 3.5)
+    assert "Quota exceeded" in failed.detail
+
+
 async def test_the_operators_log_has_the_words_of_the_service_behind_openrouter(
     serve: Serve, fake: FakeProvider, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -411,11 +411,12 @@ models:
 """)
     fake.always(http_response(400))
     one, other = await served.add_bot(key="one"), await served.add_bot(key="other")
+    users = []
     for bot, key in ((one, "one"), (one, "one"), (other, "other")):
         session = await served.session(bot, key=key, user_id="ann@site.example")
         await served.chat(bot, session, "Hello", key=key)
         # Not the id itself, which opens a widget's session.
         assert fake.requests[-1].json["session_id"] not in ("", session)
-    users = [request.json["user"] for request in fake.requests]
+        users.append(fake.requests[-1].json["user"])
     assert users[0] == users[1] != users[2]
     assert not any(b"ann" in request.body for request in fake.requests)
