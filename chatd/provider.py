@@ -183,6 +183,12 @@ def _check_usage(usage: Any) -> None:
         raise ValueError("UsageReport with a cost that is none")
 
 
+def options_of(provider: Provider, use: str) -> str:
+    """Under which name a chatbot's options are meant for a provider; `use` is its own."""
+    name: str = getattr(provider, "options_of", use)
+    return name
+
+
 def takes(provider: Provider) -> frozenset[str]:
     """What a provider takes beside text."""
     taken: frozenset[str] = getattr(provider, "takes", frozenset())
@@ -195,6 +201,9 @@ class Provider(Protocol):
     One that takes more than text says so in an attribute `takes: ClassVar[frozenset[str]]`, with
     `tools` (the parameter `tools`, and messages with `tool_calls` or of the role `tool`) and
     `images` (messages with `parts`); without it neither comes.
+
+    One that hands requests to a provider of another kind says in an attribute `options_of: str`
+    under which name that is offered, and gets the chatbot's options for it.
 
     One whose service tells afterwards what an answer took has a coroutine method
     `generation(id: str) -> Usage | None`: for an answer that ended without a `UsageReport`, it is

@@ -33,6 +33,7 @@ from chatd.provider import (
     UsageReport,
     checked,
     needs,
+    options_of,
     takes,
 )
 from chatd.racing import VISIBLE, Racer, first_to_begin
@@ -390,7 +391,7 @@ class Router:
         watchdog = Watchdog()
         due = watchdog.in_seconds(limit)
         try:
-            options = request.options.get(target.use) or {}
+            options = request.options.get(options_of(target.provider, target.use)) or {}
             asked = replace(request, model=attempt.model, timeouts=timeouts, options=options)
             watchdog.watch(due)
             events = target.provider.stream(asked)

@@ -318,8 +318,9 @@ class Record:
 
     generation: Callable[[str], Awaitable[chatd.Usage | None]]
 
-    def __init__(self, inner: chatd.Provider, file: _File) -> None:
+    def __init__(self, inner: chatd.Provider, use: str, file: _File) -> None:
         self._inner = inner
+        self.options_of: str = getattr(inner, "options_of", use)
         self._file = file
         self.takes: frozenset[str] = getattr(inner, "takes", frozenset())
         if (generation := getattr(inner, "generation", None)) is not None:
@@ -389,6 +390,7 @@ def chatd_register_provider(register: chatd.ProviderRegister) -> None:
         file = _File(Path(settings["file"]))
         await file.open()
         # Last, since nothing that could fail may come after it.
-        return Record(await register.open(inner.pop("use"), inner), file)
+        use = inner.pop("use")
+        return Record(await register.open(use, inner), use, file)
 
     register.add("record", open_record, _SETTINGS, "another provider, with its answers recorded")
