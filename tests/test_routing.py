@@ -520,6 +520,7 @@ async def test_traffic_is_split_by_weight_and_a_session_stays_on_its_side(
         one = await here.anew()
         models = {(await one.say()).json["model"] for _ in range(3)}
         assert len(models) == 1
+        assert (await one.turn()).side in ("first/a", "second/b")
         sides.update(models)
     # 3 of 4, give or take four standard deviations.
     assert 71 <= sides["a"] <= 109
@@ -534,6 +535,8 @@ async def test_the_other_side_answers_when_one_fails(
     here = await chat(ask)
     assert (await here.say()).json["response"] == "From b."
     assert await here.asked() == [("first", "a", "authentication"), ("second", "b", None)]
+    # The side is what was chosen, not who answered.
+    assert (await here.turn()).side == "first/a"
 
 
 # Racing
