@@ -39,7 +39,10 @@ setup(
     license_files=["LICENSE", "chatd/static/docs/LICENSE"],
     python_requires=">=3.11",
     cmdclass={"build_py": BuildPy},
-    packages=[*find_packages(include=["chatd", "chatd.*"]), "chatd_plugins", "chatd_config"],
+    packages=[
+        *find_packages(include=["chatd", "chatd.*"]),
+        *("chatd_plugins", "chatd_plugins.sqlite", "chatd_config"),
+    ],
     # The folders keep the short names of the project's layout; what is installed is prefixed,
     # so that site-packages never gets a top-level "plugins" or "config".
     package_dir={"chatd_plugins": "plugins", "chatd_config": "config"},

@@ -1,1 +1,1 @@
-"""The bundled plugins, installed as `chatd_plugins`: one file, one plugin."""
+"""The bundled plugins, installed as `chatd_plugins`: one file, or one folder, is one plugin."""

@@ -79,7 +79,13 @@ async def test_a_client_begins_a_session_and_gets_an_answer(served: Served) -> N
     assert body == {
         "response": "You said: hi",
         "model": "echo",
-        "usage": {"input_tokens": None, "output_tokens": None, "cost_usd": 0.0},
+        "usage": {
+            "input_tokens": None,
+            "output_tokens": None,
+            "cached_tokens": None,
+            "reasoning_tokens": None,
+            "cost_usd": 0.0,
+        },
         "finish_reason": "stop",
         "history_truncated": False,
         "stored": True,

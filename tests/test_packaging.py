@@ -146,7 +146,12 @@ def test_the_wheel_holds_what_chatd_needs_and_nothing_else(wheel: Path) -> None:
         if path.is_file() and path.suffix != ".pyc"
     ]
     assert set(data) <= names
-    assert {"chatd_config/chatd.yaml", "chatd_plugins/sqlite.py", "chatd_plugins/py.typed"} <= names
+    plugins = {
+        f"chatd_plugins/{path.relative_to(ROOT / 'plugins').as_posix()}"
+        for path in (ROOT / "plugins").rglob("*.py")
+    }
+    assert "chatd_plugins/sqlite/schema.py" in plugins
+    assert {"chatd_config/chatd.yaml", "chatd_plugins/py.typed"} | plugins <= names
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
 

@@ -392,7 +392,13 @@ models:
     assert answer.status == 200
     assert answer.json["response"] == ANSWER
     assert answer.json["model"] == ANSWERED_BY
-    assert answer.json["usage"] == {"input_tokens": 11, "output_tokens": 7, "cost_usd": 0.00042}
+    assert answer.json["usage"] == {
+        "input_tokens": 11,
+        "output_tokens": 7,
+        "cached_tokens": 3,
+        "reasoning_tokens": 2,
+        "cost_usd": 0.00042,
+    }
     turn = await served.runtime.services.storage.get_turn(answer.json["turn_id"], bot.id)
     assert turn is not None
     assert turn.usage == Usage(11, 7, cached_tokens=3, reasoning_tokens=2, cost_usd=0.00042)

@@ -16,6 +16,8 @@ from typing import Any
 import apsw
 import pytest
 from chatd_plugins.sqlite import SQLiteStorage, open_sqlite
+from chatd_plugins.sqlite.schema import MIGRATIONS
+from chatd_plugins.sqlite.usage import usage_query
 from tornado.ioloop import IOLoop
 
 from chatd.domain import Session, TurnStatus, new_id
@@ -329,15 +331,13 @@ async def test_a_turn_that_is_beginning_when_the_server_stops_is_finished(
 
 
 async def test_every_older_database_is_brought_to_the_newest_version(tmp_path: Path) -> None:
-    from chatd_plugins import sqlite
-
-    newest = len(sqlite._MIGRATIONS)
+    newest = len(MIGRATIONS)
     assert newest == 3
     for version in range(newest + 1):
         path = tmp_path / f"{version}.db"
         connection = apsw.Connection(str(path))
         connection.execute("CREATE TABLE chatd_schema (version INTEGER NOT NULL) STRICT")
-        for number, script in enumerate(sqlite._MIGRATIONS[:version], start=1):
+        for number, script in enumerate(MIGRATIONS[:version], start=1):
             connection.execute(script)
             connection.execute("INSERT INTO chatd_schema VALUES (?)", (number,))
         connection.close()
@@ -348,12 +348,10 @@ async def test_every_older_database_is_brought_to_the_newest_version(tmp_path: P
 
 
 async def test_a_database_of_version_2_keeps_its_turns_and_totals_them(path: Path) -> None:
-    from chatd_plugins import sqlite
-
     bot, session, turn = a_chatbot(), new_id(), new_id()
     connection = apsw.Connection(str(path))
     connection.execute("CREATE TABLE chatd_schema (version INTEGER NOT NULL) STRICT")
-    for number, script in enumerate(sqlite._MIGRATIONS[:2], start=1):
+    for number, script in enumerate(MIGRATIONS[:2], start=1):
         connection.execute(script)
         connection.execute("INSERT INTO chatd_schema VALUES (?)", (number,))
     connection.execute(
@@ -387,11 +385,9 @@ async def test_a_database_of_version_2_keeps_its_turns_and_totals_them(path: Pat
 async def test_usage_of_a_day_or_a_chatbot_does_not_read_all_turns(
     storage: SQLiteStorage, path: Path, asked: dict[str, bool], index: str
 ) -> None:
-    from chatd_plugins import sqlite
-
     given = {"chatbot_id": new_id(), "since": datetime.now(UTC), "until": datetime.now(UTC)}
     known = {name: value if name in asked else None for name, value in given.items()}
-    sql, values = sqlite._usage_query("day", **known)  # type: ignore[arg-type]
+    sql, values = usage_query("day", **known)  # type: ignore[arg-type]
     connection = apsw.Connection(str(path))
     plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
     connection.close()

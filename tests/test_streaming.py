@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import signal
 from contextlib import AsyncExitStack
@@ -13,7 +14,8 @@ import aiohttp
 import apsw
 import pytest
 
-from chatd.domain import Chatbot, Session, new_id
+from chatd.domain import Chatbot, Session, TurnStatus, Usage, new_id
+from chatd.storage import FinishTurn
 from chatd.testing.fake_provider import SSE_HEAD, FakeProvider, Hold, Reset, http_response, sse
 from chatd.testing.storage import a_turn
 from tests.conftest import Serve
@@ -626,6 +628,30 @@ async def test_feedback_is_kept_and_taken_back(serve: Serve) -> None:
         assert_problem(refused, 422, "invalid_request")
 
 
+async def test_a_turn_tells_its_side_and_its_attempts_and_nothing_that_a_provider_said(
+    serve: Serve,
+) -> None:
+    talk = await Talk.open(await serve(ECHO_CONFIG))
+    async with talk.say(stream=False) as answer:
+        told = await talk.turn((await answer.json())["turn_id"])
+    (attempt,) = told["attempts"]
+    assert (attempt.keys(), attempt["error"]) == ({"provider", "model", "error", "ms"}, None)
+    assert told["side"] is None
+    storage = talk.served.runtime.services.storage
+    session = await storage.get_session(talk.session)
+    assert session is not None
+    turn = a_turn(session)
+    await storage.begin_turn(turn)
+    known = [{"provider": "p", "model": "m", "error": "overloaded", "ms": 7}]
+    attempts = [{**known[0], "detail": "a provider's words", "tool_calls": [{"id": "call"}]}]
+    usage = Usage(1, 2, 3, 4, 0.5)
+    failed = FinishTurn(turn.turn_id, TurnStatus.FAILED, usage=usage, attempts=attempts)
+    await storage.finish_turn(dataclasses.replace(failed, side="main/m"))
+    told = await talk.turn(turn.turn_id)
+    assert (told["attempts"], told["side"]) == (known, "main/m")
+    assert told["usage"] == dataclasses.asdict(usage)
+
+
 async def test_erasing_a_session_stops_its_turn_and_leaves_nothing(serve: Serve) -> None:
     talk = await Talk.open(await serve(SLOW_CONFIG))
     async with talk.say() as answer:
@@ -690,7 +716,7 @@ async def test_a_widget_sees_its_own_session_alone(serve: Serve) -> None:
     assert page.headers["Access-Control-Allow-Origin"] == "https://site.example"
     own = await served.get(f"/api/chat/widget/turns/{turns[0]}", headers=headers)
     assert own.json["response"] == "You said: hi"
-    assert not {"model", "usage"} & own.json.keys()
+    assert not {"model", "usage", "side", "attempts"} & own.json.keys()
     for path in ("", "/events"):
         other = await served.get(f"/api/chat/widget/turns/{turns[1]}{path}", headers=headers)
         assert_problem(other, 404, "not_found")

@@ -104,7 +104,8 @@ async def test_the_ai_sdk_reads_a_clients_stream(served: Served) -> None:
     assert message["id"] == told["turn_id"]
     assert told["session_id"] == session
     assert (told["model"], told["finish_reason"]) == ("echo", "stop")
-    assert set(told["usage"]) == {"input_tokens", "output_tokens", "cost_usd"}
+    tokens = {"input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens"}
+    assert set(told["usage"]) == tokens | {"cost_usd"}
     assert told["stored"] is True
     assert await served.transcript(bot, session) == [("user", WORDS), ("assistant", got["text"])]
 

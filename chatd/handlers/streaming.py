@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import orjson
 from tornado.iostream import StreamClosedError
 
-from chatd.domain import Chatbot, TurnStatus, canonical_id
+from chatd.domain import Chatbot, TurnStatus, Usage, canonical_id
 from chatd.errors import (
     InvalidRequest,
     MalformedRequest,
@@ -168,12 +168,19 @@ def outcome(result: TurnResult, *, private: bool) -> dict[str, Any]:
     }
     if private:
         told["model"] = result.model
-        told["usage"] = {
-            "input_tokens": result.usage.input_tokens,
-            "output_tokens": result.usage.output_tokens,
-            "cost_usd": result.usage.cost_usd,
-        }
+        told["usage"] = told_usage(result.usage)
     return told
+
+
+def told_usage(usage: Usage) -> dict[str, Any]:
+    """What a turn took, for who holds the API key."""
+    return {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "cost_usd": usage.cost_usd,
+    }
 
 
 class _Writer:

@@ -14,7 +14,7 @@ from chatd.errors import (
     StorageUnavailable,
 )
 from chatd.handlers.base import JSON, Auth, Operation, Route
-from chatd.handlers.streaming import LAST_EVENT_ID, TurnHandler
+from chatd.handlers.streaming import LAST_EVENT_ID, TurnHandler, told_usage
 from chatd.reply import TurnResult
 from chatd.storage import TurnRecord
 
@@ -98,11 +98,12 @@ def shown(record: TurnRecord, *, private: bool) -> dict[str, Any]:
     }
     if private:
         told["model"] = record.model
-        told["usage"] = {
-            "input_tokens": record.usage.input_tokens,
-            "output_tokens": record.usage.output_tokens,
-            "cost_usd": record.usage.cost_usd,
-        }
+        told["usage"] = told_usage(record.usage)
+        told["side"] = record.side
+        told["attempts"] = [
+            {name: attempt.get(name) for name in ("provider", "model", "error", "ms")}
+            for attempt in record.attempts
+        ]
     return told
 
 
