@@ -330,9 +330,21 @@ def before_call(context, case, kwargs):
         return
     body = case.body = narrowed(case.body)
     if case.path == "/v1/chat/completions":
-        # The echo that answers takes no tools, and says so.
+        # The echo that answers takes no tools and no images, and says so.
         body.pop("tools", None)
         body.pop("tool_choice", None)
+        messages = body.get("messages")
+        for message in messages if isinstance(messages, list) else []:
+            if not isinstance(message, dict):
+                continue
+            if message.pop("tool_calls", None) is not None:
+                message["content"] = message.get("content") or "Hi"
+            if message.get("role") == "tool":
+                message["role"] = "user"
+                message.pop("tool_call_id", None)
+            if isinstance(parts := message.get("content"), list):
+                texts = [p for p in parts if isinstance(p, dict) and p.get("type") == "text"]
+                message["content"] = texts or "Hi"
     if case.path == "/api/chat":
         # Nor can it say that the last one who speaks is the user.
         body["messages"].append({"role": "user", "content": "Hi"})
