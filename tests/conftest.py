@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tornado.ioloop import IOLoop
 
+from chatd.testing.fake_provider import FakeProvider
 from tests.postgres import Supabase
 from tests.support import ECHO_CONFIG, Served, open_served
 
@@ -46,6 +47,31 @@ def database() -> Iterator[Supabase]:
     supabase = Supabase()
     yield supabase
     supabase.close()
+
+
+@pytest.fixture
+def fake(io_loop: IOLoop) -> Iterator[FakeProvider]:
+    """A service whose answers the test scripts."""
+    yield from _running(io_loop)
+
+
+@pytest.fixture
+def first(io_loop: IOLoop) -> Iterator[FakeProvider]:
+    """The service that the first provider of a chain asks."""
+    yield from _running(io_loop)
+
+
+@pytest.fixture
+def second(io_loop: IOLoop) -> Iterator[FakeProvider]:
+    """The service that the second one asks."""
+    yield from _running(io_loop)
+
+
+def _running(io_loop: IOLoop) -> Iterator[FakeProvider]:
+    fake = FakeProvider()
+    io_loop.run_sync(fake.start)
+    yield fake
+    io_loop.run_sync(fake.stop)
 
 
 @pytest.fixture

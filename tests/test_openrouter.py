@@ -32,14 +32,6 @@ def ask(stream: bool = True, **more: Any) -> ProviderRequest:
 
 
 @pytest.fixture
-def fake(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    fake = FakeProvider()
-    io_loop.run_sync(fake.start)
-    yield fake
-    io_loop.run_sync(fake.stop)
-
-
-@pytest.fixture
 def provider(io_loop: IOLoop, fake: FakeProvider) -> Iterator[Any]:
     provider = io_loop.run_sync(lambda: open_openrouter({"base_url": fake.url, "api_key": KEY}))
     yield provider

@@ -96,23 +96,6 @@ def error_body(code: Any = None, message: str = TOLD, **more: Any) -> dict[str, 
     return {"error": {"message": message, "code": code, **more}}
 
 
-@pytest.fixture
-def first(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    yield from running(io_loop)
-
-
-@pytest.fixture
-def second(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    yield from running(io_loop)
-
-
-def running(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    fake = FakeProvider()
-    io_loop.run_sync(fake.start)
-    yield fake
-    io_loop.run_sync(fake.stop)
-
-
 @dataclass
 class Chat:
     """A session of a server whose providers are the fakes."""

@@ -40,14 +40,6 @@ KEPT = http_response(200, ANSWER, {"Connection": "keep-alive"})
 
 
 @pytest.fixture
-def fake(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    fake = FakeProvider()
-    io_loop.run_sync(fake.start)
-    yield fake
-    io_loop.run_sync(fake.stop)
-
-
-@pytest.fixture
 def provider(io_loop: IOLoop, fake: FakeProvider) -> Iterator[Provider]:
     """`openai_compatible`, asking the fake."""
     provider = io_loop.run_sync(

@@ -239,14 +239,6 @@ def provider(io_loop: IOLoop, aimock: Aimock) -> Iterator[Provider]:
     io_loop.run_sync(provider.close)
 
 
-@pytest.fixture
-def fake(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    fake = FakeProvider()
-    io_loop.run_sync(fake.start)
-    yield fake
-    io_loop.run_sync(fake.stop)
-
-
 def assert_openrouter_takes(body: dict[str, Any]) -> None:
     """The official SDK's model has a place for every field, and takes what is in it."""
     parsed = ChatRequest.model_validate(body)

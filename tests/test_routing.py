@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from tornado.ioloop import IOLoop
 
 from chatd.breaker import Breaker, BreakerSettings, BreakerState
 from chatd.domain import Chatbot, TurnStatus, Usage
@@ -58,23 +57,6 @@ def said(text: str) -> bytes:
 
 
 END = sse({"model": MODEL, "choices": [{"delta": {}, "finish_reason": "stop"}]}, "[DONE]")
-
-
-@pytest.fixture
-def first(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    yield from running(io_loop)
-
-
-@pytest.fixture
-def second(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    yield from running(io_loop)
-
-
-def running(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    fake = FakeProvider()
-    io_loop.run_sync(fake.start)
-    yield fake
-    io_loop.run_sync(fake.stop)
 
 
 @dataclass

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tornado.ioloop import IOLoop
 
 from chatd.domain import TurnStatus, Usage
 from chatd.storage import TurnRecord
@@ -54,14 +52,6 @@ models:
 
 def chunk(text: str) -> bytes:
     return sse({"id": ID, "model": "test/model", "choices": [{"delta": {"content": text}}]})
-
-
-@pytest.fixture
-def fake(io_loop: IOLoop) -> Iterator[FakeProvider]:
-    fake = FakeProvider()
-    io_loop.run_sync(fake.start)
-    yield fake
-    io_loop.run_sync(fake.stop)
 
 
 async def settled(served: Served, session: str) -> TurnRecord:
