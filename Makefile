@@ -10,7 +10,7 @@ help:
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make format     write the code as ruff does'
 	@echo 'make typecheck  mypy'
-	@echo 'make lock       write constraints.txt and package-lock.json anew'
+	@echo 'make lock       write the constraints and package-lock.json anew'
 	@echo 'make clean      remove what the others made; databases and .env stay'
 
 run:
@@ -32,5 +32,5 @@ lock:
 	@scripts/lock
 
 clean:
-	rm -rf .venv node_modules build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .schemathesis
+	rm -rf .venv .venv-gateway node_modules build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -229,7 +229,7 @@ SHRUGS = """while True:
 async def test_one_that_talks_on_when_it_is_cancelled_is_ended_at_its_next_word(
     serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    served = await serve(plugin(tmp_path, SHRUGS, plain=0.3))
+    served = await serve(plugin(tmp_path, SHRUGS, plain=1))
     bot = await served.add_bot()
     session = await served.session(bot)
     answer = await served.chat(bot, session, "hi")
@@ -260,7 +260,7 @@ yield chatd.Finish('stop')"""
 async def test_a_try_that_does_not_end_does_not_keep_others_from_trying(
     serve: Serve, tmp_path: Path
 ) -> None:
-    text = plugin(tmp_path, FAILS_HANGS_ANSWERS, plain=0.3)
+    text = plugin(tmp_path, FAILS_HANGS_ANSWERS, plain=1)
     touchy = "retries: {attempts: 1}, breaker: {requests: 1, open_seconds: 0.2}, timeouts"
     served = await serve(text.replace("use: broken, timeouts", f"use: broken, {touchy}"))
     bot = await served.add_bot(model="chain/model")
