@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Set
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +24,7 @@ from chatd.handlers import chat, docs, health, openai, sessions, turns
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
 from chatd.offers import Offer
-from chatd.provider import Provider
+from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
 from chatd.routing import Router, Rule, Target
 from chatd.storage import Storage
@@ -115,6 +115,11 @@ async def open_providers(
         offer = registry.providers[provider.use.name]
         providers[name] = await _opened(f"providers.{name}", offer, provider.use.settings)
         stack.push_async_callback(_closed, f"providers.{name}", providers[name].close)
+        if not isinstance(taken := takes(providers[name]), Set):
+            raise PluginError(
+                f'providers.{name}: takes of a provider of plugin "{offer.plugin}" must be a set '
+                f'like {{"tools"}}, not {type(taken).__name__}'
+            )
     return providers
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
@@ -200,13 +200,17 @@ class _Pair:
     """What is known of a provider with a model."""
 
     breaker: Breaker
-    first_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
+    first_tokens: defaultdict[bool, deque[float]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=MAX_SAMPLES))
+    )
+    """Seconds to the first token, of streams and of answers in one piece, which come later."""
 
-    def late_after(self) -> float | None:
+    def late_after(self, *, stream: bool) -> float | None:
         """Seconds after which a first token is later than usual; None while that is not known."""
-        if len(self.first_tokens) < HEDGE_SAMPLES:
+        times = self.first_tokens[stream]
+        if len(times) < HEDGE_SAMPLES:
             return None
-        return sorted(self.first_tokens)[math.ceil(len(self.first_tokens) * HEDGE_QUANTILE) - 1]
+        return sorted(times)[math.ceil(len(times) * HEDGE_QUANTILE) - 1]
 
 
 class Router:
@@ -282,7 +286,8 @@ class Router:
                     continue
                 if failure.kind in _SAME_EVERYWHERE:
                     raise failure
-                pause = _pause(target.retries, failure, count, bool(others), trail.deadline)
+                able = any(self._pair(other, request.model).breaker.lets for other in others)
+                pause = _pause(target.retries, failure, count, able, trail.deadline)
                 if pause is None:
                     break
                 await asyncio.sleep(pause)
@@ -323,7 +328,7 @@ class Router:
         attempt = self._attempt(target, request, trail, ticket)
         asked = self._events(request, trail, target, attempt, ticket, last=not others)
         if others and self.rule(request.model).hedge:
-            late = self._pair(target, request.model).late_after()
+            late = self._pair(target, request.model).late_after(stream=request.stream)
             if late is not None:
                 return self._raced(request, trail, (attempt, asked), others, late)
         return asked
@@ -402,7 +407,7 @@ class Router:
                     _note(target, attempt, event, said)
                 elif not said and not _is_empty(event):
                     said = True
-                    self._began(target, attempt, ticket)
+                    self._began(target, attempt, ticket, stream=request.stream)
                 watchdog.rest()
                 if not _is_empty(event):
                     yield event
@@ -428,9 +433,9 @@ class Router:
             if events is not None:
                 await _close(target, events)
 
-    def _began(self, target: Target, attempt: Attempt, ticket: Ticket) -> None:
+    def _began(self, target: Target, attempt: Attempt, ticket: Ticket, *, stream: bool) -> None:
         seconds = time.monotonic() - attempt.began
-        self._pair(target, attempt.model).first_tokens.append(seconds)
+        self._pair(target, attempt.model).first_tokens[stream].append(seconds)
         if ticket.succeeded():
             log.warning("provider %s answers again for model %s", target.name, attempt.model)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatd.domain import TurnStatus
+from chatd.errors import PluginError
 from chatd.storage import TurnRecord
 from tests.conftest import Serve
 from tests.support import Served, server_process
@@ -336,6 +337,18 @@ async def test_an_interceptor_may_ask_twice_and_both_are_recorded(
     assert (await served.chat(bot, session, "hi")).json["response"] == "well"
     turn = await last_turn(served, session)
     assert [attempt["error"] for attempt in turn.attempts] == [None, None]
+
+
+async def test_a_provider_whose_takes_is_no_set_is_named_at_the_start(
+    serve: Serve, tmp_path: Path
+) -> None:
+    text = plugin(tmp_path, "yield chatd.TextDelta('x')")
+    path = tmp_path / "plugins" / "broken.py"
+    path.write_text(
+        path.read_text().replace("class Broken:", "class Broken:\n    takes = ['tools']")
+    )
+    with pytest.raises(PluginError, match='of plugin "broken" must be a set'):
+        await serve(text)
 
 
 async def test_what_failed_attempts_cost_is_counted_too(serve: Serve, tmp_path: Path) -> None:

@@ -209,6 +209,23 @@ async def test_a_hint_longer_than_the_patience_sends_to_the_next_provider(
     assert len(first.requests) == 1
 
 
+async def test_a_hint_is_waited_for_when_the_others_are_left_alone(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    here = await chat(
+        CHAIN,
+        settings="retries: {attempts: 2, base: 0.01, patience: 0}",
+        other="retries: {attempts: 1}, breaker: {requests: 1, open_seconds: 60}",
+    )
+    first.answer(http_response(401, b""))
+    second.always(http_response(503, b""))
+    assert (await here.say()).status == 502
+    first.answer(http_response(429, b"", {"Retry-After": "1"}))
+    first.answer(answer("After a second."))
+    assert (await here.say()).json["response"] == "After a second."
+    assert len(second.requests) == 1
+
+
 @pytest.mark.parametrize(("status", "code"), [(429, "rate_limited"), (503, "overloaded")])
 async def test_a_hint_beyond_the_deadline_is_told_to_the_client_at_once_and_capped(
     chat: Open, first: FakeProvider, status: int, code: str
@@ -524,11 +541,11 @@ async def test_the_other_side_answers_when_one_fails(
 # Racing
 
 
-async def warmed(here: Chat, first: FakeProvider) -> None:
+async def warmed(here: Chat, first: FakeProvider, *, stream: bool = False) -> None:
     """Lets it be known how long a first token takes."""
     first.always(answer("Usual."))
     for _ in range(20):
-        assert (await here.say()).json["response"] == "Usual."
+        assert b"Usual." in (await here.say(stream=stream)).body
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -537,7 +554,7 @@ async def test_when_the_first_token_is_late_the_next_is_asked_and_the_loser_hung
 ) -> None:
     second.always(SSE_HEAD, said("From the second."), END)
     here = await chat(CHAIN, hedge=True)
-    await warmed(here, first)
+    await warmed(here, first, stream=stream)
     assert second.requests == []
     first.always(Hold())
     got = await here.say(stream=stream)
@@ -549,6 +566,16 @@ async def test_when_the_first_token_is_late_the_next_is_asked_and_the_loser_hung
         ("first", True),
         ("second", False),
     ]
+
+
+async def test_how_long_answers_in_one_piece_take_says_nothing_of_streams(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    here = await chat(CHAIN, hedge=True)
+    await warmed(here, first)
+    first.always(SSE_HEAD, Pause(0.5), said("Late."), END)
+    assert b"Late." in (await here.say(stream=True)).body
+    assert second.requests == []
 
 
 async def test_a_late_one_that_is_first_after_all_wins(
@@ -602,7 +629,7 @@ async def test_stopping_a_race_hangs_up_on_both_and_keeps_the_answer_stopped(
     chat: Open, first: FakeProvider, second: FakeProvider
 ) -> None:
     here = await chat(CHAIN, hedge=True)
-    await warmed(here, first)
+    await warmed(here, first, stream=True)
     first.always(Hold())
     second.always(Hold())
     saying = asyncio.create_task(here.say(stream=True))
