@@ -268,12 +268,11 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     chat.messages = chat.messages.filter((message) => message !== answer);
     question.state = "failed";
     question.note = wordFor(error);
-    if (retryAfter > 0 && retryAfter <= MOST_BARRED_SECONDS && code !== "budget_exhausted") {
-      question.note = "failed";
-      say({ word: "wait", until: Date.now() + retryAfter * 1000 });
-    }
     view.onReset();
     view.onFinished(question);
+    if (retryAfter > 0 && retryAfter <= MOST_BARRED_SECONDS && code !== "budget_exhausted") {
+      say({ word: "wait", until: Date.now() + retryAfter * 1000 });
+    }
   }
 
   /** Follows a turn through lost connections. Returns at its end, and throws what it failed of. */
