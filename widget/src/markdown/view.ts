@@ -32,7 +32,7 @@ export class MarkdownView {
       // A block of code grows in place, so that its button stays under the finger.
       const code = old?.querySelector("pre > code");
       if (block.kind === "code" && code && old?.getAttribute("data-language") === block.language) {
-        code.textContent = block.text;
+        code.replaceChildren(block.text);
         return;
       }
       const made = render(block, open && i === last, this.#copy, 0);
