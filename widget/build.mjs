@@ -1,0 +1,70 @@
+// Builds the widget into one file: `node widget/build.mjs [folder]`, chatd/static/widget by default.
+import { mkdir, readFile, readdir, writeFile } from "node:fs/promises";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { gzipSync } from "node:zlib";
+import { build, transform } from "esbuild";
+import { minify } from "terser";
+
+/** The most that a page may have to load for the widget, gzipped. */
+const MOST_BYTES = 15_360;
+
+const here = dirname(fileURLToPath(import.meta.url));
+const target = process.argv[2] ?? join(here, "..", "chatd", "static", "widget");
+
+/** Style sheets become text, without their spaces and comments. */
+const styles = {
+  name: "styles",
+  setup(builder) {
+    builder.onLoad({ filter: /\.css$/ }, async ({ path }) => {
+      const source = await readFile(path, "utf8");
+      const { code } = await transform(source, { loader: "css", minify: true, target: "safari16.4" });
+      return { contents: code.trim(), loader: "text" };
+    });
+  },
+};
+
+/** The module "languages": of each file only the words, in the order of the English ones. */
+const languages = {
+  name: "languages",
+  setup(builder) {
+    builder.onResolve({ filter: /^languages$/ }, ({ path }) => ({ path, namespace: "languages" }));
+    builder.onLoad({ filter: /.*/, namespace: "languages" }, async () => {
+      const folder = join(here, "languages");
+      const read = async (file) => JSON.parse(await readFile(join(folder, file), "utf8"));
+      const names = Object.keys(await read("en.json"));
+      const words = {};
+      for (const file of (await readdir(folder)).sort()) {
+        const own = await read(file);
+        if (Object.keys(own).sort().join() !== [...names].sort().join()) {
+          return { errors: [{ text: `${file} does not have the words of en.json` }] };
+        }
+        words[file.replace(".json", "")] = names.map((name) => own[name]).join("|");
+      }
+      return { contents: JSON.stringify({ names: names.join("|"), words }), loader: "json" };
+    });
+  },
+};
+
+const { outputFiles } = await build({
+  absWorkingDir: here,
+  bundle: true,
+  charset: "utf8",
+  entryPoints: ["src/main.ts"],
+  format: "iife",
+  legalComments: "none",
+  minify: true,
+  plugins: [styles, languages],
+  target: ["chrome111", "firefox111", "safari16.4"],
+  write: false,
+});
+// What esbuild leaves after bundling gets 2 % smaller here, which is what the languages need.
+const { code } = await minify(outputFiles[0].text, { compress: { passes: 3 }, mangle: true });
+const size = gzipSync(code, { level: 9 }).length;
+if (size > MOST_BYTES) {
+  console.error(`The widget is ${size} bytes gzipped: ${size - MOST_BYTES} more than it may be.`);
+  process.exit(1);
+}
+await mkdir(target, { recursive: true });
+await writeFile(join(target, "widget.js"), code);
+console.log(`widget.js: ${size} bytes gzipped, of ${MOST_BYTES}`);
