@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +15,8 @@ from chatd.storage import Storage
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+_LABELS = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
 CACHE_ENTRIES = 10_000
 """Chatbots and sessions that are kept in memory, each; the least recently used go first."""
@@ -113,8 +116,17 @@ class Access:
         return self._matches(origin, self._default if own is None else frozenset(own))
 
     def require_origin(self, origin: str | None, chatbot: Chatbot) -> None:
-        """Raises `OriginNotAllowed` for a page of an origin that is not allowed."""
-        if origin is not None and not self.allows_origin(origin, chatbot):
+        """Raises `OriginNotAllowed` for a page of an origin that is not allowed.
+
+        None is a client that names no origin. It is refused where the chatbot has a list of its
+        own, unless that is open to all.
+        """
+        if origin is None:
+            own = chatbot.settings.allowed_origins
+            allowed = own is None or "*" in own
+        else:
+            allowed = self.allows_origin(origin, chatbot)
+        if not allowed:
             raise OriginNotAllowed
 
     async def allows_origin_somewhere(self, origin: str) -> bool:
@@ -128,7 +140,21 @@ class Access:
 
     def _matches(self, origin: str, allowed: frozenset[str]) -> bool:
         # "null" is what sandboxed and local pages all send, so "*" does not mean it.
-        return origin in allowed or origin in self._own or ("*" in allowed and origin != "null")
+        return "*" not in origin and (
+            origin in allowed
+            or origin in self._own
+            or ("*" in allowed and origin != "null")
+            or any(_is_below(origin, pattern) for pattern in allowed if "://*." in pattern)
+        )
+
+
+def _is_below(origin: str, pattern: str) -> bool:
+    """Whether an origin fits `https://*.example.com`: one label or more in the place of the `*`."""
+    scheme, _, rest = pattern.partition("*")
+    if not (origin.startswith(scheme) and origin.endswith(rest)):
+        return False
+    labels = origin[len(scheme) : len(origin) - len(rest)]
+    return _LABELS.fullmatch(labels) is not None
 
 
 def _origin(url: str) -> str:

@@ -20,7 +20,7 @@ from chatd.access import Access
 from chatd.config import Ask, Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
-from chatd.handlers import chat, docs, health, openai, sessions, turns
+from chatd.handlers import bot, chat, docs, health, openai, sessions, turns
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
 from chatd.offers import Offer
@@ -204,6 +204,7 @@ def routes() -> list[Route]:
     described = [
         *chat.ROUTES,
         *sessions.ROUTES,
+        *bot.ROUTES,
         *turns.ROUTES,
         *openai.ROUTES,
         *health.ROUTES,

@@ -30,6 +30,7 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Channel = Literal["api", "widget"]
 OnDisconnect = Literal["finish", "stop"]
+ThemeMode = Literal["light", "dark", "auto"]
 
 
 def matches(pattern: str, text: str) -> bool:
@@ -83,14 +84,22 @@ class ChatbotSettings:
     """Whether a client with the key may let the model call tools."""
     allow_images: bool = True
     """Whether a client with the key may show the model images."""
+    greeting: str | None = None
+    """What the widget says first; no model is asked for it."""
+    suggestions: tuple[str, ...] = ()
+    """Questions that the widget offers before the first one is asked."""
+    theme: ThemeMode | None = None
+    accent: str | None = None
+    """The widget's colour, like `#0a7d5c`."""
+    language: str | None = None
+    """The widget's language, a BCP 47 tag like `de` or `pt-BR`."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Reads what `to_json` wrote; names it does not know (a newer version's) are left out."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        if isinstance(origins := known.get("allowed_origins"), list):
-            known["allowed_origins"] = tuple(origins)
-        return cls(**known)
+        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**(known | lists))
 
     def to_json(self) -> dict[str, Any]:
         """The settings that differ from the defaults, as plain JSON values."""

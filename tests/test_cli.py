@@ -360,6 +360,11 @@ def test_add_prints_one_object_with_id_and_key(tmp_path: Path) -> None:
         "on_disconnect",
         "allow_tools",
         "allow_images",
+        "greeting",
+        "suggestions",
+        "theme",
+        "accent",
+        "language",
     }
 
 
@@ -379,9 +384,15 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "--allow-tools": "no",
         "--allow-images": "no",
         "--allowed-origin": "https://a.example",
+        "--greeting": "Hello! What about a bicycle?",
+        "--suggestion": "Which one is light?",
+        "--theme": "dark",
+        "--accent": "#0a7d5c",
+        "--language": "pt-BR",
     }
     options = [word for pair in given.items() for word in pair]
-    bot = added(tmp_path, *options, "--allowed-origin", "https://b.example")
+    options += ["--allowed-origin", "https://*.b.example", "--suggestion", "Which one is cheap?"]
+    bot = added(tmp_path, *options)
     expected = {
         "id": id,
         "name": "Zoë",
@@ -390,10 +401,15 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "context_tokens": 4000,
         "max_output_tokens": 300,
         "temperature": 0.5,
-        "allowed_origins": ["https://a.example", "https://b.example"],
+        "allowed_origins": ["https://a.example", "https://*.b.example"],
         "on_disconnect": "stop",
         "allow_tools": False,
         "allow_images": False,
+        "greeting": "Hello! What about a bicycle?",
+        "suggestions": ["Which one is light?", "Which one is cheap?"],
+        "theme": "dark",
+        "accent": "#0a7d5c",
+        "language": "pt-BR",
     }
     assert bot == {**expected, "api_key": KEY}
     shown = each(tmp_path, [["bots", "show", name, "--json"] for name in (id, "Zoë")])
@@ -424,6 +440,12 @@ BAD_VALUES = [
     ("--temperature", "nan", "--temperature: must be"),
     ("--allow-tools", "maybe", "--allow-tools: must be yes or no"),
     ("--allowed-origin", "https://a.example/path", "--allowed-origin: must be an origin"),
+    ("--allowed-origin", "https://a.*.example", "--allowed-origin: must be an origin"),
+    ("--allowed-origin", "https://*.com", "--allowed-origin: must be an origin"),
+    ("--suggestion", "", "--suggestion: must not be empty"),
+    ("--theme", "pink", "--theme: must be light, dark, auto or default"),
+    ("--accent", "red", "--accent: must be a colour like #0a7d5c"),
+    ("--language", "german!", "--language: must be a language tag like de or pt-BR"),
 ]
 
 

@@ -29,6 +29,8 @@ from tests.test_cli import serving, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+LISTS = {"allowed_origins", "suggestions"}
+"""Settings of a chatbot of which an option names one."""
 SERVED = "http://localhost:8000"
 """The address that the pages show, for which the tests put the one that is served."""
 
@@ -137,7 +139,7 @@ def test_every_setting_of_a_chatbot_is_documented() -> None:
     text = section(page("docs/configuration.md"), "## Settings of a chatbot")
     names = ["name", "model", *schema("chatbot_settings").document["properties"]]
     for name in names:
-        option = name.replace("_", "-").removesuffix("s" if name == "allowed_origins" else "\0")
+        option = name.replace("_", "-").removesuffix("s" if name in LISTS else "\0")
         assert row(text, f"--{option}")
 
 

@@ -44,6 +44,7 @@ STATUSES = {
     ("post", CHAT): WITH_BODY | TURN | {401},
     ("post", WIDGET_SESSION): WITH_BODY | {403, 404, 503},
     ("post", WIDGET_CHAT): WITH_BODY | TURN,
+    ("get", "/api/chat/widget/bot/{chatbot_id}"): WITH_ANSWER | {403, 404, 503},
     ("get", f"{ONE_SESSION}/messages"): BY_KEY | {200, 406, 422},
     ("get", "/api/chat/widget/messages"): BY_SESSION | {200, 406, 422},
     ("delete", ONE_SESSION): BY_KEY | {204},

@@ -26,6 +26,10 @@ from chatd.validation import pointer, schema
 DEFAULT_MODEL = "openai/gpt-4o-mini"
 MIN_KEY_CHARS = 16
 _SETTINGS = tuple(f.name for f in dataclasses.fields(ChatbotSettings))
+_LISTS = ("allowed_origins", "suggestions")
+"""Settings of which an option names one; it is given several times."""
+_WORDS = ("on_disconnect", "theme", "accent", "language")
+"""Settings that are text, in few words."""
 
 
 class BadValue(ChatdError):
@@ -43,6 +47,19 @@ def _settings_options(command: Any) -> Any:
             help="An origin whose pages may talk to it; several may be given. "
             '"default" is the server\'s list.',
         ),
+        click.option(
+            "--greeting", metavar="TEXT", help='What the widget says first; "" is nothing.'
+        ),
+        click.option(
+            "--suggestion",
+            "suggestions",
+            multiple=True,
+            metavar="TEXT",
+            help='A question that the widget offers; several may be given. "default" is none.',
+        ),
+        click.option("--theme", metavar="light|dark|auto", help="How the widget looks."),
+        click.option("--accent", metavar="#RRGGBB", help="The widget's colour."),
+        click.option("--language", metavar="TAG", help="The widget's language, like de or pt-BR."),
         click.option(
             "--on-disconnect",
             metavar="finish|stop",
@@ -140,7 +157,7 @@ async def show(bot: str, config_path: Path | None, as_json: bool) -> None:
         return
     width = max(map(len, shown))
     for name, value in shown.items():
-        text = "default" if value is None else value
+        text = "default" if value in (None, []) else value
         click.echo(f"{name:<{width}}  {', '.join(text) if isinstance(text, list) else text}")
 
 
@@ -250,14 +267,20 @@ def _changed(settings: ChatbotSettings, given: dict[str, Any]) -> ChatbotSetting
 
 
 def _typed(name: str, value: Any) -> Any:
-    if name == "allowed_origins":
-        return None if value == ("default",) else list(value)
+    default = getattr(ChatbotSettings(), name)
+    if isinstance(value, tuple):
+        given = [_storable(name, text) for text in value]
+        return given if given != ["default"] else None if default is None else list(default)
     if name == "system_prompt":
         return _text(value) or None
+    if name == "greeting":
+        return _storable(name, value) or None
     if name in ("allow_tools", "allow_images"):
         return {"yes": True, "no": False}.get(value, value)
     if value == "default":
-        return None if name != "context_tokens" else ChatbotSettings().context_tokens
+        return default
+    if name in _WORDS:
+        return value
     try:
         number = float(value) if name == "temperature" else int(value)
     except ValueError:
@@ -267,15 +290,20 @@ def _typed(name: str, value: Any) -> Any:
 
 def _text(value: str) -> str:
     if not value.startswith("@"):
-        if storable(value) != value:
-            raise BadValue("--system-prompt: must be text, in UTF-8 and without U+0000")
-        return value
+        return _storable("system_prompt", value)
     try:
         return Path(value[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadValue(f"--system-prompt {value}: cannot be read: {error}") from None
 
 
+def _storable(name: str, value: str) -> str:
+    """The text as it is. Raises `BadValue` for what storage cannot hold."""
+    if storable(value) != value:
+        raise BadValue(f"{_option(f'/{name}')}: must be text, in UTF-8 and without U+0000")
+    return value
+
+
 def _option(path: str) -> str:
-    name = path.split("/")[1].replace("_", "-")
-    return "--allowed-origin" if name == "allowed-origins" else f"--{name}"
+    name = path.split("/")[1]
+    return "--" + (name.removesuffix("s") if name in _LISTS else name).replace("_", "-")

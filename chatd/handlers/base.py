@@ -247,7 +247,8 @@ class ApiHandler(RequestHandler):
     def serve_chatbot(self, chatbot: Chatbot, *, check_origin: bool) -> Chatbot:
         """From here on the request is `chatbot`'s, and its allowed origins count.
 
-        With `check_origin` a page of another origin is refused; without, its browser is just not
+        With `check_origin` a page of another origin is refused, and where the chatbot has a list of
+        its own a client that names no origin; without, its browser is just not
         told that it may read the answer.
         """
         self.chatbot = chatbot
@@ -256,8 +257,9 @@ class ApiHandler(RequestHandler):
             if not self._cors:
                 self.clear_header("Access-Control-Allow-Origin")
             self._common_headers()
-            if check_origin:
-                self.services.access.require_origin(origin, chatbot)
+        # A browser names no origin when it reads from a page of this server.
+        if check_origin and (origin or self.request.headers.get("Sec-Fetch-Site") != "same-origin"):
+            self.services.access.require_origin(origin, chatbot)
         return chatbot
 
     def on_connection_close(self) -> None:
