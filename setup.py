@@ -56,6 +56,7 @@ setup(
         "orjson>=3.10,<4",
         "pluggy>=1.6,<2",
         "postgrest>=2.20,<3",
+        "PyJWT>=2.12,<3",
         "python-dotenv>=1.1,<2",
         "PyYAML>=6.0.2,<7",
         "tornado>=6.5.5,<7",

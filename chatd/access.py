@@ -6,11 +6,19 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 from chatd.domain import Channel, Chatbot, hash_api_key
-from chatd.errors import InvalidApiKey, NotFound, OriginNotAllowed, StorageUnavailable
+from chatd.errors import (
+    IdentityRequired,
+    InvalidApiKey,
+    NotFound,
+    OriginNotAllowed,
+    StorageUnavailable,
+)
+from chatd.identity import subject
 from chatd.storage import Storage
 
 K = TypeVar("K")
@@ -47,6 +55,17 @@ class _Cache(Generic[K, V]):
         return found
 
 
+NO_SESSION = "There is no widget session with this id."
+
+
+@dataclass(frozen=True, slots=True)
+class WidgetSession:
+    """Whose a widget's session is; `user_id` is the visitor's that it was begun for."""
+
+    chatbot: Chatbot
+    user_id: str | None
+
+
 class Access:
     """Decides who may talk to which chatbot.
 
@@ -66,7 +85,7 @@ class Access:
         self._chatbots = _Cache(storage.get_chatbot, cache_seconds)
         self._by_key = _Cache(storage.get_chatbot_by_key, cache_seconds)
         self._storage = storage
-        # A session's chatbot and channel never change, and a turn asks storage for it anyway.
+        # A session's chatbot, channel and user never change, and a turn asks storage for it anyway.
         self._sessions = _Cache(self._session, 3600)
         self._origins = _Cache[None, frozenset[str]](
             lambda _: storage.allowed_origins(), cache_seconds
@@ -97,18 +116,47 @@ class Access:
             raise NotFound("There is no chatbot with this id.")
         return chatbot
 
-    async def widget_session(self, session_id: str) -> Chatbot:
-        """The chatbot of a session that its id alone opens. Raises `NotFound`."""
+    async def widget_session(self, session_id: str) -> WidgetSession:
+        """Whose a session is that its id alone opens. Raises `NotFound`.
+
+        Ask `require_visitor` next: an id may have been left on a computer that others use.
+        """
         session = await self._sessions.get(session_id)
         chatbot = await self._chatbots.get(session[0]) if session else None
         if session is None or session[1] == "api" or chatbot is None:
-            raise NotFound("There is no widget session with this id.")
-        return chatbot
+            raise NotFound(NO_SESSION)
+        return WidgetSession(chatbot, session[2])
 
-    async def _session(self, session_id: str) -> tuple[str, Channel | None] | None:
-        """A session's chatbot and channel; the rest of it is not kept in memory."""
+    async def _session(self, session_id: str) -> tuple[str, Channel | None, str | None] | None:
+        """A session's chatbot, channel and user; the rest of it is not kept in memory."""
         session = await self._storage.get_session(session_id)
-        return (session.chatbot_id, session.channel) if session else None
+        return (session.chatbot_id, session.channel, session.user_id) if session else None
+
+    def visitor(self, chatbot: Chatbot, token: str | None) -> str | None:
+        """Who sits before a widget, by a token; None for who need not say and does not.
+
+        Raises `IdentityRequired` for a token that is not good, and for none where one is required.
+        Where the chatbot has no identity secret no token can be checked, and none counts.
+        """
+        settings = chatbot.settings
+        if token and settings.identity_secrets:
+            return subject(token, settings.identity_secrets)
+        if settings.require_identity:
+            raise IdentityRequired
+        return None
+
+    def require_visitor(self, session: WidgetSession, token: str | None) -> None:
+        """Checks that a session is the visitor's who asks.
+
+        Raises `IdentityRequired` as `visitor` does, and for no token where the session was begun
+        for a visitor; `NotFound` for the session of another, or of nobody.
+        """
+        visitor = self.visitor(session.chatbot, token)
+        if visitor == session.user_id or not session.chatbot.settings.identity_secrets:
+            return
+        if visitor is None:
+            raise IdentityRequired
+        raise NotFound(NO_SESSION)
 
     def allows_origin(self, origin: str, chatbot: Chatbot) -> bool:
         """Whether pages of `origin` may talk to `chatbot`."""

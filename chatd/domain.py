@@ -93,6 +93,10 @@ class ChatbotSettings:
     """The widget's colour, like `#0a7d5c`."""
     language: str | None = None
     """The widget's language, a BCP 47 tag like `de` or `pt-BR`."""
+    require_identity: bool = False
+    """Whether the widget's visitors must prove who they are, with a token that the site signs."""
+    identity_secrets: tuple[str, ...] = field(default=(), repr=False)
+    """What such tokens are signed with: the newest first, and maybe the one before it."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

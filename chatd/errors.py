@@ -8,7 +8,7 @@ ChatdError
 └── RequestError             ends a request; `code` is what the client reads
     ├── MalformedRequest     ├── InvalidRequest      ├── InvalidApiKey
     ├── SessionRequired      ├── NotFound            ├── OriginNotAllowed
-    ├── TurnRefused
+    ├── IdentityRequired     ├── TurnRefused
     ├── TurnInProgress       ├── IdempotencyKeyReused
     ├── RateLimited          ├── ProviderFailed      ├── ProviderTimeout
     ├── StorageUnavailable   ├── Overloaded
@@ -183,6 +183,16 @@ class OriginNotAllowed(RequestError):
     default_detail = (
         "Pages of this origin may not talk to this chatbot. Its operator can add the origin "
         "to the chatbot's allowed origins."
+    )
+
+
+class IdentityRequired(RequestError):
+    """This chatbot's visitors are known by a token, and there is none that is good."""
+
+    code = "identity_required"
+    default_detail = (
+        "This chatbot talks to visitors who are known: send the user_token that the server of the "
+        "site signed for this visitor."
     )
 
 

@@ -365,6 +365,7 @@ def test_add_prints_one_object_with_id_and_key(tmp_path: Path) -> None:
         "theme",
         "accent",
         "language",
+        "require_identity",
     }
 
 
@@ -389,6 +390,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "--theme": "dark",
         "--accent": "#0a7d5c",
         "--language": "pt-BR",
+        "--require-identity": "yes",
     }
     options = [word for pair in given.items() for word in pair]
     options += ["--allowed-origin", "https://*.b.example", "--suggestion", "Which one is cheap?"]
@@ -410,6 +412,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "theme": "dark",
         "accent": "#0a7d5c",
         "language": "pt-BR",
+        "require_identity": True,
     }
     assert bot == {**expected, "api_key": KEY}
     shown = each(tmp_path, [["bots", "show", name, "--json"] for name in (id, "Zoë")])

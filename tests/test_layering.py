@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"domain", "errors", "sse", "logs", "watchdog"},
     {"validation", "schemas"},
-    {"storage", "provider", "breaker", "prices"},
+    {"storage", "provider", "breaker", "prices", "identity"},
     {"interceptor", "reply", "racing"},
     {"offers"},
     {"hookspecs"},
@@ -40,6 +40,7 @@ DOMAIN = {
     "reply",
     "turns",
     "access",
+    "identity",
     "copying",
 }
 

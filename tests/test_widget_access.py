@@ -160,6 +160,7 @@ async def test_a_widget_is_told_what_it_draws_and_nothing_else(served: Served) -
         "suggestions": ["Why?", "How?"],
         "theme": {"mode": "dark", "accent": "#0a7d5c"},
         "language": "pt-BR",
+        "require_identity": False,
     }
     refused = await served.get(path, headers={"Origin": "https://evil.example"})
     assert_problem(refused, 403, "origin_not_allowed")

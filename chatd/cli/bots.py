@@ -21,11 +21,14 @@ from chatd.domain import (
     new_id,
 )
 from chatd.errors import ChatdError
+from chatd.identity import new_identity_secret
 from chatd.validation import pointer, schema
 
 DEFAULT_MODEL = "openai/gpt-4o-mini"
 MIN_KEY_CHARS = 16
-_SETTINGS = tuple(f.name for f in dataclasses.fields(ChatbotSettings))
+_SETTINGS = tuple(
+    f.name for f in dataclasses.fields(ChatbotSettings) if f.name != "identity_secrets"
+)
 _LISTS = ("allowed_origins", "suggestions")
 """Settings of which an option names one; it is given several times."""
 _WORDS = ("on_disconnect", "theme", "accent", "language")
@@ -60,6 +63,11 @@ def _settings_options(command: Any) -> Any:
         click.option("--theme", metavar="light|dark|auto", help="How the widget looks."),
         click.option("--accent", metavar="#RRGGBB", help="The widget's colour."),
         click.option("--language", metavar="TAG", help="The widget's language, like de or pt-BR."),
+        click.option(
+            "--require-identity",
+            metavar="yes|no",
+            help="Whether the widget's visitors need a token that the site signs.",
+        ),
         click.option(
             "--on-disconnect",
             metavar="finish|stop",
@@ -117,6 +125,7 @@ async def add(
     )
     async with opened_storage(config_path) as storage:
         await storage.add_chatbot(chatbot)
+    _tell_what_is_missing(chatbot)
     if as_json:
         click.echo(json.dumps({**_shown(chatbot), "api_key": key}))
         return
@@ -186,6 +195,7 @@ async def set_(
         )
         await storage.update_chatbot(chatbot)
     click.echo(json.dumps(_shown(chatbot)) if as_json else f'Changed "{chatbot.name}"')
+    _tell_what_is_missing(chatbot)
 
 
 @bots.command("rotate-key")
@@ -203,6 +213,31 @@ async def rotate_key(bot: str, config_path: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({"id": chatbot.id, "api_key": key}))
     else:
         click.echo(f"api_key  {key}   (shown only now)")
+
+
+@bots.command("identity-secret")
+@click.argument("bot")
+@config_option
+@click.option("--keep-old", is_flag=True, help="Take tokens of the last one too, until the next.")
+@json_option
+@asynchronous
+async def identity_secret(
+    bot: str, config_path: Path | None, keep_old: bool, as_json: bool
+) -> None:
+    """Give a chatbot a new secret to sign visitors' tokens with, shown once.
+
+    The one before stops working within seconds, unless it is kept.
+    """
+    secret = new_identity_secret()
+    async with opened_storage(config_path) as storage:
+        chatbot = await find_chatbot(storage, bot)
+        old = chatbot.settings.identity_secrets[:1] if keep_old else ()
+        settings = dataclasses.replace(chatbot.settings, identity_secrets=(secret, *old))
+        await storage.update_chatbot(dataclasses.replace(chatbot, settings=settings))
+    if as_json:
+        click.echo(json.dumps({"id": chatbot.id, "identity_secret": secret}))
+    else:
+        click.echo(f"identity_secret  {secret}   (shown only now)")
 
 
 @bots.command()
@@ -233,6 +268,12 @@ def _shown(chatbot: Chatbot) -> dict[str, Any]:
     }
 
 
+def _tell_what_is_missing(chatbot: Chatbot) -> None:
+    if chatbot.settings.require_identity and not chatbot.settings.identity_secrets:
+        text = "It has no identity secret, so no visitor gets in: "
+        click.echo(f"{text}`chatd bots identity-secret {chatbot.id}` makes one.", err=True)
+
+
 def _checked_key(api_key: str | None) -> str:
     if api_key is None:
         return new_api_key()
@@ -256,14 +297,14 @@ def _checked_name(value: str, option: str) -> str:
 
 def _changed(settings: ChatbotSettings, given: dict[str, Any]) -> ChatbotSettings:
     """`settings` with what was given on the command line. Raises `BadValue`."""
-    values = {
-        **settings.to_json(),
-        **{k: _typed(k, v) for k, v in given.items() if v not in (None, ())},
-    }
+    values = {k: v for k, v in settings.to_json().items() if k in _SETTINGS}
+    values |= {k: _typed(k, v) for k, v in given.items() if v not in (None, ())}
     if faults := schema("chatbot_settings").faults(values):
         raise BadValue("\n".join(f"{_option(pointer(path))}: {text}" for path, text in faults))
     known = {k: v for k, v in values.items() if v is not None}
-    return ChatbotSettings.from_json(known)
+    return dataclasses.replace(
+        ChatbotSettings.from_json(known), identity_secrets=settings.identity_secrets
+    )
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -275,7 +316,7 @@ def _typed(name: str, value: Any) -> Any:
         return _text(value) or None
     if name == "greeting":
         return _storable(name, value) or None
-    if name in ("allow_tools", "allow_images"):
+    if name in ("allow_tools", "allow_images", "require_identity"):
         return {"yes": True, "no": False}.get(value, value)
     if value == "default":
         return default

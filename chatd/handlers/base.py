@@ -50,7 +50,8 @@ _CONTENT_TYPE = re.compile(
     r"application/(?:[a-z0-9.-]+\+)?json\s*(?:;\s*charset=\"?utf-8\"?\s*)?", re.ASCII | re.I
 )
 _ALLOW_HEADERS = (
-    "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Request-Id"
+    "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Request-Id, "
+    "X-User-Token"
 )
 
 _EXPOSE_HEADERS = "X-Request-Id, Retry-After, Idempotency-Replayed"

@@ -26,6 +26,7 @@ class WidgetBotHandler(ApiHandler):
                 "suggestions": settings.suggestions,
                 "theme": {"mode": settings.theme, "accent": settings.accent},
                 "language": settings.language,
+                "require_identity": settings.require_identity,
             }
         )
 

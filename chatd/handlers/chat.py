@@ -9,6 +9,7 @@ from chatd.domain import Message, canonical_id
 from chatd.errors import (
     Fault,
     IdempotencyKeyReused,
+    IdentityRequired,
     InvalidApiKey,
     InvalidRequest,
     NotFound,
@@ -23,7 +24,7 @@ from chatd.errors import (
     TurnRefused,
 )
 from chatd.handlers.base import Operation, Route
-from chatd.handlers.streaming import IDEMPOTENCY_KEY, TurnHandler, outcome
+from chatd.handlers.streaming import IDEMPOTENCY_KEY, USER_TOKEN, TurnHandler, outcome
 
 _TURN_ERRORS = (
     NotFound,
@@ -106,8 +107,7 @@ class WidgetChatHandler(ChatHandler):
     async def post(self) -> None:
         body = self.body()
         session_id = canonical_id(body["session_id"]) or ""
-        chatbot = await self.services.access.widget_session(session_id)
-        self.serve_chatbot(chatbot, check_origin=True)
+        await self.widget_chatbot(session_id, body.get("user_token"))
         said = [Message("user", body["message"])]
         await self.say(session_id, said, body, label="widget", private=False)
 
@@ -143,8 +143,8 @@ ROUTES = [
                 request="widget_chat_request",
                 response="widget_chat_answer",
                 events=True,
-                parameters=(IDEMPOTENCY_KEY,),
-                errors=(OriginNotAllowed, *_TURN_ERRORS),
+                parameters=(IDEMPOTENCY_KEY, USER_TOKEN),
+                errors=(OriginNotAllowed, IdentityRequired, *_TURN_ERRORS),
             )
         },
         tag="Widget",

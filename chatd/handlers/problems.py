@@ -58,6 +58,7 @@ PROBLEMS: dict[type[RequestError], Problem] = {
     errors.InvalidApiKey: Problem(401, "The API key is not valid"),
     errors.SessionRequired: Problem(401, "The session is missing"),
     errors.OriginNotAllowed: Problem(403, "The origin is not allowed"),
+    errors.IdentityRequired: Problem(403, "The visitor is not known"),
     errors.TurnRefused: Problem(403, "The message was declined"),
     errors.NotFound: Problem(404, "Not found"),
     MethodNotAllowed: Problem(405, "The method is not allowed"),

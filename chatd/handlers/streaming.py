@@ -21,6 +21,7 @@ from chatd.errors import (
 )
 from chatd.handlers.base import EVENT_STREAM, ApiHandler, Parameter
 from chatd.handlers.problems import problem_body
+from chatd.identity import MAX_TOKEN_CHARS
 from chatd.reply import Reply, TurnResult
 from chatd.turns import Started
 
@@ -48,6 +49,13 @@ IDEMPOTENCY_KEY = Parameter(
     {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
     "Makes it safe to send the request again: the same key with the same body, in the same session, "
     "joins the running turn or replays its stored result.",
+)
+USER_TOKEN = Parameter(
+    "X-User-Token",
+    "header",
+    {"type": "string", "maxLength": MAX_TOKEN_CHARS},
+    "Who the visitor is, signed by the server of the site; where the chatbot requires it, and for "
+    "a session that was begun with one.",
 )
 LAST_EVENT_ID = Parameter(
     "Last-Event-ID",
@@ -267,7 +275,7 @@ class TurnHandler(ApiHandler):
     async def caller(self) -> tuple[Chatbot, str | None]:
         """Whose turns these are: a chatbot's, by its key; for a widget those of its own session.
 
-        Raises `InvalidApiKey`; for a widget `SessionRequired`, `NotFound` or `OriginNotAllowed`.
+        Raises `InvalidApiKey`; for a widget `SessionRequired`, and what `widget_chatbot` does.
         """
         access = self.services.access
         if self.private:
@@ -276,8 +284,20 @@ class TurnHandler(ApiHandler):
         if (token := self.bearer()) is None:
             raise SessionRequired
         session_id = canonical_id(token) or ""
-        chatbot = await access.widget_session(session_id)
-        return self.serve_chatbot(chatbot, check_origin=True), session_id
+        return await self.widget_chatbot(session_id), session_id
+
+    async def widget_chatbot(self, session_id: str, user_token: str | None = None) -> Chatbot:
+        """The chatbot of a widget's session, whose visitor it is that asks.
+
+        Raises `NotFound`, `OriginNotAllowed` or `IdentityRequired`.
+
+        :param user_token: else the header `X-User-Token` counts.
+        """
+        access = self.services.access
+        session = await access.widget_session(session_id)
+        self.serve_chatbot(session.chatbot, check_origin=True)
+        access.require_visitor(session, user_token or self.request.headers.get(USER_TOKEN.name))
+        return session.chatbot
 
     async def caller_in(self, session_id: str | None) -> tuple[Chatbot, str]:
         """Whose session this is, and the session: the path's, or a widget's own."""
