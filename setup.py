@@ -53,6 +53,7 @@ setup(
         "click>=8.2,<9",
         "jsonschema>=4.25,<5",
         "jsonschema-rs>=0.40,<1",
+        "limits>=5,<6",
         "orjson>=3.10,<4",
         "pluggy>=1.6,<2",
         "postgrest>=2.20,<3",

@@ -23,6 +23,7 @@ from chatd.errors import PluginError
 from chatd.handlers import bot, chat, docs, health, openai, sessions, turns
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
+from chatd.limits import Limits, WindowCounters
 from chatd.offers import Offer
 from chatd.provider import Provider
 from chatd.registry import Registry, load_registry
@@ -177,7 +178,8 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
         public_url=config.server.public_url,
         cache_seconds=config.server.chatbot_cache_seconds,
     )
-    services = Services(config.server, storage, access, running)
+    limits = Limits(config.limits, WindowCounters(), trusted_proxies=config.server.trusted_proxies)
+    services = Services(config.server, storage, access, limits, running)
     return Runtime(build_application(services, registry.routes), services, router)
 
 

@@ -43,6 +43,34 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), re.DOTALL)
 
 
+_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_RATE = re.compile(r"([0-9]+)/(?:([0-9]+) ?)?(second|minute|hour|day)s?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many in so many seconds."""
+
+    count: int
+    seconds: int
+
+    def __str__(self) -> str:
+        name, unit = next(
+            (name, unit) for name, unit in reversed(_UNITS.items()) if self.seconds % unit == 0
+        )
+        times = self.seconds // unit
+        return f"{self.count} in {f'{times} {name}s' if times > 1 else f'a {name}'}"
+
+
+@lru_cache(1024)
+def rates(text: str) -> tuple[Rate, ...]:
+    """The rates of a limit like `20/minute, 200/hour`; none of `none`."""
+    return tuple(
+        Rate(int(count), int(times or 1) * _UNITS[unit])
+        for count, times, unit in _RATE.findall(text)
+    )
+
+
 def new_id() -> str:
     """A random UUID (version 4, 122 random bits) in canonical form."""
     return str(uuid.uuid4())
@@ -97,6 +125,8 @@ class ChatbotSettings:
     """Whether the widget's visitors must prove who they are, with a token that the site signs."""
     identity_secrets: tuple[str, ...] = field(default=(), repr=False)
     """What such tokens are signed with: the newest first, and maybe the one before it."""
+    limits: Mapping[str, str] | None = None
+    """The limits that differ from the server's, by name, like `{"turns_per_ip": "5/minute"}`."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

@@ -366,6 +366,7 @@ def test_add_prints_one_object_with_id_and_key(tmp_path: Path) -> None:
         "accent",
         "language",
         "require_identity",
+        "limits",
     }
 
 
@@ -391,6 +392,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "--accent": "#0a7d5c",
         "--language": "pt-BR",
         "--require-identity": "yes",
+        "--limit": "turns_per_ip=5/minute, 50/hour",
     }
     options = [word for pair in given.items() for word in pair]
     options += ["--allowed-origin", "https://*.b.example", "--suggestion", "Which one is cheap?"]
@@ -413,6 +415,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "accent": "#0a7d5c",
         "language": "pt-BR",
         "require_identity": True,
+        "limits": {"turns_per_ip": "5/minute, 50/hour"},
     }
     assert bot == {**expected, "api_key": KEY}
     shown = each(tmp_path, [["bots", "show", name, "--json"] for name in (id, "Zoë")])
@@ -445,6 +448,10 @@ BAD_VALUES = [
     ("--allowed-origin", "https://a.example/path", "--allowed-origin: must be an origin"),
     ("--allowed-origin", "https://a.*.example", "--allowed-origin: must be an origin"),
     ("--allowed-origin", "https://*.com", "--allowed-origin: must be an origin"),
+    ("--limit", "turns_per_ip=many", "--limit turns_per_ip: must be like 20/minute"),
+    ("--limit", "turns_per_ip=0/minute", "--limit turns_per_ip: must be like 20/minute"),
+    ("--limit", "turns_per_op=5/minute", '--limit turns_per_op: unknown key, did you mean "turns'),
+    ("--limit", "5/minute", "--limit 5/minute: must be like turns_per_ip="),
     ("--suggestion", "", "--suggestion: must not be empty"),
     ("--theme", "pink", "--theme: must be light, dark, auto or default"),
     ("--accent", "red", "--accent: must be a colour like #0a7d5c"),

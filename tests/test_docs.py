@@ -18,7 +18,7 @@ import pytest
 from chatd import hookspecs
 from chatd.app import load, packaged_config, routes
 from chatd.cli import main
-from chatd.config import ServerConfig
+from chatd.config import LimitsConfig, ServerConfig
 from chatd.handlers.problems import PROBLEMS
 from chatd.offers import Offer
 from chatd.provider import Timeouts
@@ -29,7 +29,7 @@ from tests.test_cli import serving, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-LISTS = {"allowed_origins", "suggestions"}
+LISTS = {"allowed_origins", "suggestions", "limits"}
 """Settings of a chatbot of which an option names one."""
 SERVED = "http://localhost:8000"
 """The address that the pages show, for which the tests put the one that is served."""
@@ -109,7 +109,12 @@ def test_every_setting_of_the_configuration_is_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "defaults"), [("server", ServerConfig()), ("providers.NAME.timeouts", Timeouts())]
+    ("prefix", "defaults"),
+    [
+        ("server", ServerConfig()),
+        ("limits", LimitsConfig()),
+        ("providers.NAME.timeouts", Timeouts()),
+    ],
 )
 def test_the_documented_defaults_are_the_defaults(prefix: str, defaults: Any) -> None:
     text = page("docs/configuration.md")

@@ -40,6 +40,7 @@ DOMAIN = {
     "reply",
     "turns",
     "access",
+    "limits",
     "identity",
     "copying",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ MIN_KEY_CHARS = 16
 _SETTINGS = tuple(
     f.name for f in dataclasses.fields(ChatbotSettings) if f.name != "identity_secrets"
 )
-_LISTS = ("allowed_origins", "suggestions")
+_LISTS = ("allowed_origins", "suggestions", "limits")
 """Settings of which an option names one; it is given several times."""
 _WORDS = ("on_disconnect", "theme", "accent", "language")
 """Settings that are text, in few words."""
@@ -63,6 +64,14 @@ def _settings_options(command: Any) -> Any:
         click.option("--theme", metavar="light|dark|auto", help="How the widget looks."),
         click.option("--accent", metavar="#RRGGBB", help="The widget's colour."),
         click.option("--language", metavar="TAG", help="The widget's language, like de or pt-BR."),
+        click.option(
+            "--limit",
+            "limits",
+            multiple=True,
+            metavar="NAME=RATE",
+            help='A limit, like turns_per_ip="5/minute, 50/hour"; several may be given. '
+            '"default" as the rate is the server\'s.',
+        ),
         click.option(
             "--require-identity",
             metavar="yes|no",
@@ -166,8 +175,7 @@ async def show(bot: str, config_path: Path | None, as_json: bool) -> None:
         return
     width = max(map(len, shown))
     for name, value in shown.items():
-        text = "default" if value in (None, []) else value
-        click.echo(f"{name:<{width}}  {', '.join(text) if isinstance(text, list) else text}")
+        click.echo(f"{name:<{width}}  {_in_words(value)}")
 
 
 @bots.command("set")
@@ -268,6 +276,14 @@ def _shown(chatbot: Chatbot) -> dict[str, Any]:
     }
 
 
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}={rate}" for name, rate in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "default"
+    return "default" if value is None else str(value)
+
+
 def _tell_what_is_missing(chatbot: Chatbot) -> None:
     if chatbot.settings.require_identity and not chatbot.settings.identity_secrets:
         text = "It has no identity secret, so no visitor gets in: "
@@ -298,13 +314,26 @@ def _checked_name(value: str, option: str) -> str:
 def _changed(settings: ChatbotSettings, given: dict[str, Any]) -> ChatbotSettings:
     """`settings` with what was given on the command line. Raises `BadValue`."""
     values = {k: v for k, v in settings.to_json().items() if k in _SETTINGS}
+    limits = _limits(settings.limits or {}, given.pop("limits", ()))
     values |= {k: _typed(k, v) for k, v in given.items() if v not in (None, ())}
+    values["limits"] = limits or None
     if faults := schema("chatbot_settings").faults(values):
         raise BadValue("\n".join(f"{_option(pointer(path))}: {text}" for path, text in faults))
     known = {k: v for k, v in values.items() if v is not None}
     return dataclasses.replace(
         ChatbotSettings.from_json(known), identity_secrets=settings.identity_secrets
     )
+
+
+def _limits(old: Mapping[str, str], given: Sequence[str]) -> dict[str, str]:
+    """The limits with those of the command line, each `NAME=RATE`. Raises `BadValue`."""
+    limits = dict(old)
+    for text in given:
+        name, equals, rate = text.partition("=")
+        if not equals:
+            raise BadValue(f'--limit {text}: must be like turns_per_ip="5/minute, 50/hour"')
+        limits[name.strip()] = rate.strip()
+    return {name: rate for name, rate in limits.items() if rate != "default"}
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -346,5 +375,7 @@ def _storable(name: str, value: str) -> str:
 
 
 def _option(path: str) -> str:
-    name = path.split("/")[1]
+    name, *inner = path.split("/")[1:]
+    if name == "limits":
+        return " ".join(["--limit", *inner])
     return "--" + (name.removesuffix("s") if name in _LISTS else name).replace("_", "-")

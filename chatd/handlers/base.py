@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Literal
@@ -30,6 +32,7 @@ from chatd.handlers.problems import (
     problem_of,
     retry_after,
 )
+from chatd.limits import Admission, Kind, Limits
 from chatd.storage import Storage
 from chatd.turns import Turns
 from chatd.validation import parse_json, schema
@@ -54,7 +57,7 @@ _ALLOW_HEADERS = (
     "X-User-Token"
 )
 
-_EXPOSE_HEADERS = "X-Request-Id, Retry-After, Idempotency-Replayed"
+_EXPOSE_HEADERS = "X-Request-Id, Retry-After, Idempotency-Replayed, RateLimit, RateLimit-Policy"
 
 Auth = Literal["none", "api_key", "widget"]
 
@@ -115,6 +118,7 @@ class Services:
     config: ServerConfig
     storage: Storage
     access: Access
+    limits: Limits
     turns: Turns
 
 
@@ -139,6 +143,7 @@ class ApiHandler(RequestHandler):
         self._received = 0
         self._early = True
         self._cors = False
+        self._quota: dict[str, str] = {}
         self.is_gone = False
         self.on_gone: Callable[[], None] | None = None
         given = self.request.headers.get("X-Request-Id", "")
@@ -158,6 +163,8 @@ class ApiHandler(RequestHandler):
         if origin is not None and self._cors:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Expose-Headers", _EXPOSE_HEADERS)
+        for name, value in self._quota.items():
+            self.set_header(name, value)
 
     async def prepare(self) -> None:
         headers = self.request.headers
@@ -263,6 +270,27 @@ class ApiHandler(RequestHandler):
             self.services.access.require_origin(origin, chatbot)
         return chatbot
 
+    @asynccontextmanager
+    async def admitted(self, kind: Kind, **own: str | None) -> AsyncIterator[None]:
+        """Counts one more of a kind for the request's chatbot, and says in headers what is left.
+
+        What the visitors of a chatbot share is counted when the `async with` ends well. Raises
+        `RateLimited`.
+
+        :param own: as in `Limits.ask`.
+        """
+        assert self.chatbot is not None
+        async with self.services.limits.ask(kind, self.chatbot, own) as admission:
+            self._quota = _quota_headers(admission)
+            self._common_headers()
+            admission.require()
+            yield
+
+    def client_address(self) -> str:
+        """The address, or network, that the client is counted under."""
+        forwarded = self.request.headers.get("X-Forwarded-For", "")
+        return self.services.limits.address(self.request.remote_ip or "", forwarded)
+
     def on_connection_close(self) -> None:
         self.is_gone = True
         if self.on_gone is not None:
@@ -341,6 +369,20 @@ class ApiHandler(RequestHandler):
         else:
             where = self.route.path if self.route else "-"
             log.error("%s %s failed: %s", self.request.method, where, logs.trace(error))
+
+
+def _quota_headers(admission: Admission) -> dict[str, str]:
+    """What draft-ietf-httpapi-ratelimit-headers-10 lets a client know of its limits."""
+    quotas = (*admission.own, *admission.shared)
+    if (tightest := admission.tightest) is None:
+        return {}
+    left, reset = max(0, tightest.left), math.ceil(tightest.reset)
+    return {
+        "RateLimit-Policy": ", ".join(
+            f'"{quota.policy}";q={quota.rate.count};w={quota.rate.seconds}' for quota in quotas
+        ),
+        "RateLimit": f'"{tightest.policy}";r={left};t={reset}',
+    }
 
 
 def _length(headers: HTTPHeaders) -> int:

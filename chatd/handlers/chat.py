@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatd.domain import Message, canonical_id
@@ -71,7 +71,8 @@ class ChatHandler(TurnHandler):
         chatbot = await self.services.access.client(assistant_id, self.api_key(body))
         self.serve_chatbot(chatbot, check_origin=False)
         session_id = canonical_id(body["session_id"]) or ""
-        await self.say(session_id, new_messages(body["messages"]), body, label=body["type"])
+        messages = new_messages(body["messages"])
+        await self.say(session_id, messages, body, label=body["type"], own={"key": ""})
 
     async def say(
         self,
@@ -80,19 +81,25 @@ class ChatHandler(TurnHandler):
         body: dict[str, Any],
         *,
         label: str,
+        own: Mapping[str, str | None],
         private: bool = True,
     ) -> None:
-        """Runs a turn, and answers with its reply in the form that is asked for."""
+        """Runs a turn, and answers with its reply in the form that is asked for.
+
+        :param own: whom it counts against, as in `Limits.ask`.
+        """
         assert self.chatbot is not None
         stream = self.wants_events(body)
-        started = await self.services.turns.start(
-            self.chatbot,
-            session_id,
-            messages,
-            label=label,
-            stream=stream,
-            idempotency_key=self.idempotency_key(),
-        )
+        key = self.idempotency_key()
+        async with self.admitted("turns", **own):
+            started = await self.services.turns.start(
+                self.chatbot,
+                session_id,
+                messages,
+                label=label,
+                stream=stream,
+                idempotency_key=key,
+            )
         if stream:
             self.tell_replayed(started)
             await self.events(started.reply, private=private)
@@ -107,9 +114,10 @@ class WidgetChatHandler(ChatHandler):
     async def post(self) -> None:
         body = self.body()
         session_id = canonical_id(body["session_id"]) or ""
-        await self.widget_chatbot(session_id, body.get("user_token"))
+        session = await self.widget_session(session_id, body.get("user_token"))
         said = [Message("user", body["message"])]
-        await self.say(session_id, said, body, label="widget", private=False)
+        own = {"ip": self.client_address(), "session": session_id, "visitor": session.user_id}
+        await self.say(session_id, said, body, label="widget", private=False, own=own)
 
 
 ROUTES = [

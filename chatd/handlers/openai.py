@@ -156,15 +156,16 @@ class ChatCompletionsHandler(OpenAIHandler, TurnHandler):
         )
         self.services.turns.require(chatbot, extras)
         stream = self.wants_events(body)
-        started = await self.services.turns.start(
-            chatbot,
-            await self._session(chatbot, session_id, body.get("user"), metadata),
-            new,
-            label="openai",
-            stream=stream,
-            idempotency_key=None if session_id is None else key,
-            extras=extras,
-        )
+        async with self.admitted("turns", key=""):
+            started = await self.services.turns.start(
+                chatbot,
+                await self._session(chatbot, session_id, body.get("user"), metadata),
+                new,
+                label="openai",
+                stream=stream,
+                idempotency_key=None if session_id is None else key,
+                extras=extras,
+            )
         if stream:
             self.tell_replayed(started)
             options = body.get("stream_options") or {}

@@ -9,6 +9,7 @@ from chatd.errors import (
     InvalidRequest,
     NotFound,
     OriginNotAllowed,
+    RateLimited,
     RequestError,
     SessionRequired,
     StorageUnavailable,
@@ -49,7 +50,8 @@ class WidgetSessionHandler(ApiHandler):
         self.serve_chatbot(chatbot, check_origin=True)
         visitor = self.services.access.visitor(chatbot, body.get("user_token"))
         session = Session(new_id(), chatbot.id, "widget", user_id=visitor)
-        await self.services.storage.create_session(session)
+        async with self.admitted("sessions", ip=self.client_address(), visitor=visitor):
+            await self.services.storage.create_session(session)
         self.answer({"session_id": session.id})
 
 
@@ -200,7 +202,13 @@ ROUTES = [
                 auth="none",
                 request="widget_session_request",
                 response="session_answer",
-                errors=(OriginNotAllowed, IdentityRequired, NotFound, StorageUnavailable),
+                errors=(
+                    OriginNotAllowed,
+                    IdentityRequired,
+                    NotFound,
+                    RateLimited,
+                    StorageUnavailable,
+                ),
             ),
         },
         tag="Widget",

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import orjson
 from tornado.iostream import StreamClosedError
 
+from chatd.access import WidgetSession
 from chatd.domain import Chatbot, TurnStatus, canonical_id
 from chatd.errors import (
     InvalidRequest,
@@ -275,7 +276,7 @@ class TurnHandler(ApiHandler):
     async def caller(self) -> tuple[Chatbot, str | None]:
         """Whose turns these are: a chatbot's, by its key; for a widget those of its own session.
 
-        Raises `InvalidApiKey`; for a widget `SessionRequired`, and what `widget_chatbot` does.
+        Raises `InvalidApiKey`; for a widget `SessionRequired`, and what `widget_session` does.
         """
         access = self.services.access
         if self.private:
@@ -284,10 +285,10 @@ class TurnHandler(ApiHandler):
         if (token := self.bearer()) is None:
             raise SessionRequired
         session_id = canonical_id(token) or ""
-        return await self.widget_chatbot(session_id), session_id
+        return (await self.widget_session(session_id)).chatbot, session_id
 
-    async def widget_chatbot(self, session_id: str, user_token: str | None = None) -> Chatbot:
-        """The chatbot of a widget's session, whose visitor it is that asks.
+    async def widget_session(self, session_id: str, user_token: str | None = None) -> WidgetSession:
+        """A widget's session, whose visitor it is that asks.
 
         Raises `NotFound`, `OriginNotAllowed` or `IdentityRequired`.
 
@@ -297,7 +298,7 @@ class TurnHandler(ApiHandler):
         session = await access.widget_session(session_id)
         self.serve_chatbot(session.chatbot, check_origin=True)
         access.require_visitor(session, user_token or self.request.headers.get(USER_TOKEN.name))
-        return session.chatbot
+        return session
 
     async def caller_in(self, session_id: str | None) -> tuple[Chatbot, str]:
         """Whose session this is, and the session: the path's, or a widget's own."""
