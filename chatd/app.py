@@ -17,6 +17,7 @@ from tornado.web import Application, RequestHandler
 import chatd
 from chatd import logs, openapi
 from chatd.access import Access
+from chatd.budgets import Budgets
 from chatd.config import Ask, Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
@@ -169,7 +170,13 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
             (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
         )
         stack.push_async_callback(_closed, f"interceptor {use.name}", interceptors[-1][1].close)
-    running = Turns(storage, router, interceptors, lease_seconds=config.server.lease_seconds)
+    running = Turns(
+        storage,
+        router,
+        interceptors,
+        lease_seconds=config.server.lease_seconds,
+        budgets=Budgets(storage, config.limits),
+    )
     stack.push_async_callback(running.close)
     await running.open()
     access = Access(

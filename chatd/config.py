@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from dotenv import load_dotenv
@@ -59,6 +59,8 @@ class LimitsConfig:
     turns_per_visitor: str = "10/minute, 100/hour"
     turns_per_chatbot: str = "120/minute, 2000/hour"
     turns_per_key: str = "none"
+    daily_budget_usd: float | Literal["none"] = "none"
+    turn_reserve_usd: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,10 @@ class ChatbotSettings:
     """What such tokens are signed with: the newest first, and maybe the one before it."""
     limits: Mapping[str, str] | None = None
     """The limits that differ from the server's, by name, like `{"turns_per_ip": "5/minute"}`."""
+    daily_budget_usd: float | Literal["none"] | None = None
+    """What all turns of a day in UTC may cost together."""
+    turn_reserve_usd: float | None = None
+    """What a turn is taken to cost until that is known."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

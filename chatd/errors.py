@@ -10,8 +10,8 @@ ChatdError
     ├── SessionRequired      ├── NotFound            ├── OriginNotAllowed
     ├── IdentityRequired     ├── TurnRefused
     ├── TurnInProgress       ├── IdempotencyKeyReused
-    ├── RateLimited          ├── ProviderFailed      ├── ProviderTimeout
-    ├── StorageUnavailable   ├── Overloaded
+    ├── RateLimited          ├── BudgetExhausted     ├── ProviderFailed
+    ├── ProviderTimeout      ├── StorageUnavailable  ├── Overloaded
     └── ShuttingDown
 """
 
@@ -222,6 +222,16 @@ class RateLimited(RequestError):
 
     code = "rate_limited"
     default_detail = "Too many requests just now. Wait as long as Retry-After says."
+
+
+class BudgetExhausted(RequestError):
+    """The chatbot has cost what it may cost in a day."""
+
+    code = "budget_exhausted"
+    default_detail = (
+        "This chatbot has no more answers for today. It goes on at midnight UTC, "
+        "or when its operator raises its budget."
+    )
 
 
 class ProviderFailed(RequestError):

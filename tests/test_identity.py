@@ -91,59 +91,63 @@ async def test_a_token_that_another_library_signs_is_taken(served: Served) -> No
     assert (await begin(served, bot, jwt.encode(claims, SECRET, "HS256"))).status == 200
 
 
-BAD_TOKENS = {
-    "none at all": None,
-    "empty": "",
-    "not a token": "abc",
-    "three empty parts": "..",
-    "another secret": token(secret="cs_another-secret-0123456789abcdef01"),
-    "expired": token(seconds=-31),
-    "more than a day ahead": token(seconds=24 * 3600 + 60),
-    "no exp": token(exp=...),
-    "exp is null": token(exp=None),
-    "exp is text": token(exp=str(int(time.time()) + 60)),
-    "exp is true": token(exp=True),
-    "exp is not finite": token(exp=float("nan")),
-    "exp is huge": token(exp=10**400),
-    "no sub": token(...),
-    "sub is empty": token(""),
-    "sub is too long": token("x" * 201),
-    "sub is a number": token(17),
-    "sub is a list": token(["ann"]),
-    "sub holds U+0000": token("a\0b"),
-    "sub holds half a character": token("\ud800"),
-    "sub holds a line end": token("ann\n"),
-    "not valid yet": token(nbf=int(time.time()) + 3600),
-    "made in the future": token(iat=int(time.time()) + 3600),
-    "claims are a list": signed(["ann"]),
-    "alg none": signed({"sub": "ann", "exp": time.time() + 60}, {"alg": "none"}),
-    "alg none without a signature": signed(
-        {"sub": "ann", "exp": time.time() + 60}, {"alg": "none"}
-    ).rpartition(".")[0]
-    + ".",
-    "alg HS512": signed({"sub": "ann", "exp": time.time() + 60}, {"alg": "HS512"}, digest="sha512"),
-    "alg is a list": signed({"sub": "ann", "exp": time.time() + 60}, {"alg": ["HS256"]}),
-    "alg is missing": signed({"sub": "ann", "exp": time.time() + 60}, {"typ": "JWT"}),
-    "a header that must be understood": signed(
-        {"sub": "ann", "exp": time.time() + 60}, {"alg": "HS256", "crit": ["x"], "x": 1}
-    ),
-    "a header that is a list": signed({"sub": "ann", "exp": time.time() + 60}, ["HS256"]),
-    "changed after it was signed": ".".join(
-        [token().split(".")[0], token("bob").split(".")[1], token().split(".")[2]]
-    ),
-    "signed with the key in the header": signed(
-        {"sub": "ann", "exp": time.time() + 60},
-        {"alg": "HS256", "jwk": {"kty": "oct", "k": _base64(b"mine")}},
-        secret="mine",
-    ),
-    "the secret's digest as secret": token(secret=hashlib.sha256(SECRET.encode()).hexdigest()),
-}
+def bad_tokens() -> dict[str, str | None]:
+    """What is no token of ann's, by what is wrong with it."""
+    return {
+        "none at all": None,
+        "empty": "",
+        "not a token": "abc",
+        "three empty parts": "..",
+        "another secret": token(secret="cs_another-secret-0123456789abcdef01"),
+        "expired": token(seconds=-31),
+        "more than a day ahead": token(seconds=24 * 3600 + 60),
+        "no exp": token(exp=...),
+        "exp is null": token(exp=None),
+        "exp is text": token(exp=str(int(time.time()) + 60)),
+        "exp is true": token(exp=True),
+        "exp is not finite": token(exp=float("nan")),
+        "exp is huge": token(exp=10**400),
+        "no sub": token(...),
+        "sub is empty": token(""),
+        "sub is too long": token("x" * 201),
+        "sub is a number": token(17),
+        "sub is a list": token(["ann"]),
+        "sub holds U+0000": token("a\0b"),
+        "sub holds half a character": token("\ud800"),
+        "sub holds a line end": token("ann\n"),
+        "not valid yet": token(nbf=int(time.time()) + 3600),
+        "made in the future": token(iat=int(time.time()) + 3600),
+        "claims are a list": signed(["ann"]),
+        "alg none": signed({"sub": "ann", "exp": time.time() + 60}, {"alg": "none"}),
+        "alg none without a signature": signed(
+            {"sub": "ann", "exp": time.time() + 60}, {"alg": "none"}
+        ).rpartition(".")[0]
+        + ".",
+        "alg HS512": signed(
+            {"sub": "ann", "exp": time.time() + 60}, {"alg": "HS512"}, digest="sha512"
+        ),
+        "alg is a list": signed({"sub": "ann", "exp": time.time() + 60}, {"alg": ["HS256"]}),
+        "alg is missing": signed({"sub": "ann", "exp": time.time() + 60}, {"typ": "JWT"}),
+        "a header that must be understood": signed(
+            {"sub": "ann", "exp": time.time() + 60}, {"alg": "HS256", "crit": ["x"], "x": 1}
+        ),
+        "a header that is a list": signed({"sub": "ann", "exp": time.time() + 60}, ["HS256"]),
+        "changed after it was signed": ".".join(
+            [token().split(".")[0], token("bob").split(".")[1], token().split(".")[2]]
+        ),
+        "signed with the key in the header": signed(
+            {"sub": "ann", "exp": time.time() + 60},
+            {"alg": "HS256", "jwk": {"kty": "oct", "k": _base64(b"mine")}},
+            secret="mine",
+        ),
+        "the secret's digest as secret": token(secret=hashlib.sha256(SECRET.encode()).hexdigest()),
+    }
 
 
 async def test_a_token_that_is_not_good_is_refused_everywhere(served: Served) -> None:
     bot = await known_bot(served)
     session = (await begin(served, bot, token())).json["session_id"]
-    for name, bad in BAD_TOKENS.items():
+    for name, bad in bad_tokens().items():
         for answer in [
             await begin(served, bot, bad),
             await ask(served, session, bad),

@@ -14,7 +14,7 @@ FLOORS = [
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
-    {"routing", "limits", "access", "copying"},
+    {"routing", "limits", "budgets", "access", "copying"},
     {"answering", "bookkeeping", "settling"},
     {"turns"},
     {"handlers"},
@@ -41,6 +41,7 @@ DOMAIN = {
     "turns",
     "access",
     "limits",
+    "budgets",
     "identity",
     "copying",
 }

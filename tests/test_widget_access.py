@@ -174,6 +174,6 @@ async def test_a_chatbot_without_settings_leaves_them_to_the_widget(served: Serv
     assert (told["greeting"], told["suggestions"], told["language"]) == (None, [], None)
 
 
-@pytest.mark.parametrize("id", [new_id(), "17", "%00"])
+@pytest.mark.parametrize("id", ["123e4567-e89b-42d3-a456-426614174000", "17", "%00"])
 async def test_a_chatbot_that_does_not_exist_is_not_found(served: Served, id: str) -> None:
     assert_problem(await served.get(f"/api/chat/widget/bot/{id}"), 404, "not_found")

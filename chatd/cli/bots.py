@@ -32,6 +32,7 @@ _SETTINGS = tuple(
 )
 _LISTS = ("allowed_origins", "suggestions", "limits")
 """Settings of which an option names one; it is given several times."""
+_FRACTIONS = ("temperature", "daily_budget_usd", "turn_reserve_usd")
 _WORDS = ("on_disconnect", "theme", "accent", "language")
 """Settings that are text, in few words."""
 
@@ -71,6 +72,16 @@ def _settings_options(command: Any) -> Any:
             metavar="NAME=RATE",
             help='A limit, like turns_per_ip="5/minute, 50/hour"; several may be given. '
             '"default" as the rate is the server\'s.',
+        ),
+        click.option(
+            "--daily-budget-usd",
+            metavar="USD",
+            help='What a day may cost, or none; "default" is the server\'s.',
+        ),
+        click.option(
+            "--turn-reserve-usd",
+            metavar="USD",
+            help='What a turn may cost, until it is known; "default" is the server\'s.',
         ),
         click.option(
             "--require-identity",
@@ -352,7 +363,7 @@ def _typed(name: str, value: Any) -> Any:
     if name in _WORDS:
         return value
     try:
-        number = float(value) if name == "temperature" else int(value)
+        number = float(value) if name in _FRACTIONS else int(value)
     except ValueError:
         return value
     return number if math.isfinite(number) else value

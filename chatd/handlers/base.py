@@ -21,7 +21,14 @@ from chatd import logs
 from chatd.access import Access
 from chatd.config import ServerConfig
 from chatd.domain import Chatbot
-from chatd.errors import InvalidApiKey, MalformedRequest, NotFound, RequestError, StorageUnavailable
+from chatd.errors import (
+    BudgetExhausted,
+    InvalidApiKey,
+    MalformedRequest,
+    NotFound,
+    RequestError,
+    StorageUnavailable,
+)
 from chatd.handlers.problems import (
     BodyTooLarge,
     HeadersTooLarge,
@@ -340,6 +347,8 @@ class ApiHandler(RequestHandler):
         """Answers with an error, if nothing was answered yet."""
         problem = problem_of(error)
         self.error_code = error.code
+        if isinstance(error, BudgetExhausted):
+            self._quota = _budget_headers(error, self._quota)
         self.set_status(problem.status)
         self._common_headers()
         self.set_header("Content-Type", self.error_type)
@@ -382,6 +391,15 @@ def _quota_headers(admission: Admission) -> dict[str, str]:
             f'"{quota.policy}";q={quota.rate.count};w={quota.rate.seconds}' for quota in quotas
         ),
         "RateLimit": f'"{tightest.policy}";r={left};t={reset}',
+    }
+
+
+def _budget_headers(error: BudgetExhausted, others: Mapping[str, str]) -> dict[str, str]:
+    """The same of a budget that is used up. How many dollars it is, is not a visitor's to know."""
+    policies = [others.get("RateLimit-Policy"), '"daily_budget";q=1;qu="budget";w=86400']
+    return {
+        "RateLimit-Policy": ", ".join(filter(None, policies)),
+        "RateLimit": f'"daily_budget";r=0;t={math.ceil(error.retry_after or 0)}',
     }
 
 

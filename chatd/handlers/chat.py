@@ -7,6 +7,7 @@ from typing import Any
 
 from chatd.domain import Message, canonical_id
 from chatd.errors import (
+    BudgetExhausted,
     Fault,
     IdempotencyKeyReused,
     IdentityRequired,
@@ -32,6 +33,7 @@ _TURN_ERRORS = (
     TurnRefused,
     TurnInProgress,
     RateLimited,
+    BudgetExhausted,
     ProviderFailed,
     ProviderTimeout,
     StorageUnavailable,

@@ -11,6 +11,7 @@ import orjson
 
 from chatd.domain import Chatbot, Message, Session, TurnStatus, Usage, canonical_id, new_id, text_of
 from chatd.errors import (
+    BudgetExhausted,
     Fault,
     IdempotencyKeyReused,
     InvalidApiKey,
@@ -425,6 +426,7 @@ ROUTES = [
                     TurnRefused,
                     TurnInProgress,
                     RateLimited,
+                    BudgetExhausted,
                     ProviderFailed,
                     ProviderTimeout,
                     StorageUnavailable,

@@ -69,6 +69,7 @@ PROBLEMS: dict[type[RequestError], Problem] = {
     errors.InvalidRequest: Problem(422, "The request is not valid"),
     errors.IdempotencyKeyReused: Problem(422, "The idempotency key was used before"),
     errors.RateLimited: Problem(429, "Too many requests"),
+    errors.BudgetExhausted: Problem(429, "The budget is used up"),
     HeadersTooLarge: Problem(431, "The headers are too large"),
     RequestError: Problem(500, "Internal error"),
     errors.ProviderFailed: Problem(502, "The model provider failed"),

@@ -22,7 +22,6 @@ from chatd.errors import (
 )
 from chatd.handlers.base import EVENT_STREAM, ApiHandler, Parameter
 from chatd.handlers.problems import problem_body
-from chatd.identity import MAX_TOKEN_CHARS
 from chatd.reply import Reply, TurnResult
 from chatd.turns import Started
 
@@ -54,7 +53,7 @@ IDEMPOTENCY_KEY = Parameter(
 USER_TOKEN = Parameter(
     "X-User-Token",
     "header",
-    {"type": "string", "maxLength": MAX_TOKEN_CHARS},
+    {"type": "string"},
     "Who the visitor is, signed by the server of the site; where the chatbot requires it, and for "
     "a session that was begun with one.",
 )
