@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, time, timedelta
 
 from chatd.config import LimitsConfig
 from chatd.domain import Chatbot
-from chatd.errors import BudgetExhausted, StorageUnavailable
+from chatd.errors import BudgetExhausted, RateLimited, StorageUnavailable
 from chatd.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,8 @@ class Budgets:
     async def reserve(self, chatbot: Chatbot) -> Reservation | None:
         """Holds what a turn may cost; None for a chatbot without a budget.
 
-        Raises `BudgetExhausted`, or `StorageUnavailable` when it cannot be learned what the day
-        has cost so far.
+        Raises `BudgetExhausted`; `RateLimited` while running turns hold what is left; or
+        `StorageUnavailable` when it cannot be learned what the day has cost so far.
         """
         settings = chatbot.settings
         budget = settings.daily_budget_usd
@@ -103,8 +103,9 @@ class Budgets:
             raise BudgetExhausted(retry_after=_until_midnight(now))
         amount = max(reserve, ledger.most)
         if ledger.running and ledger.spent + ledger.held + amount > budget:
-            raise BudgetExhausted(
-                "What is left of this chatbot's budget is held for answers that are being given. "
+            # Not exhausted: it will do to come back when one of them has ended.
+            raise RateLimited(
+                "This chatbot gives as many answers at once as it may just now. "
                 "Wait as long as Retry-After says.",
                 retry_after=HELD_SECONDS,
             )

@@ -227,7 +227,9 @@ class Limits:
         settings = chatbot.settings.limits or {}
         text = settings.get(name) or getattr(self._defaults, name, "none")
         path = f"{name}/{chatbot.id}/{key}"
-        return [Quota(name, rate, f"{path}/{rate.seconds}", 0, 0) for rate in rates(text)]
+        return [
+            Quota(name, rate, f"{path}/{rate.count}/{rate.seconds}", 0, 0) for rate in rates(text)
+        ]
 
     async def _asked(self, quota: Quota) -> Quota:
         """The limit with what is left after one more; below 0 when that is too much."""
