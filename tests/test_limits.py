@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from chatd.app import packaged_configs
+from chatd.config import ConfigFile
 from chatd.domain import Chatbot, new_id, rates
 from chatd.limits import MemoryWindows, WindowCounters, counted_address
 from tests.conftest import Serve
@@ -262,12 +264,35 @@ async def test_a_widget_is_limited_without_any_configuration(served: Served) -> 
 # Where a client is
 
 
-async def test_a_claimed_address_counts_only_behind_a_trusted_proxy(serve: Serve) -> None:
+async def test_a_claimed_address_counts_only_behind_a_trusted_proxy(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     served = await serve(limited(sessions_per_ip="1/minute"))
     bot = await served.add_bot()
     claims = [f"192.0.2.{i}" for i in range(3)]
     answers = [await begin(served, bot, X_Forwarded_For=claim) for claim in claims]
     assert [answer.status for answer in answers] == [200, 429, 429]
+    # An operator who has forgotten the setting is told once.
+    assert [r.message for r in caplog.records if "server.trusted_proxies" in r.message] == [
+        "requests come with X-Forwarded-For: if a proxy of yours adds it, set "
+        "server.trusted_proxies, or all its clients are counted as one"
+    ]
+
+
+@pytest.mark.parametrize("dyno", [True, False])
+def test_the_carried_configurations_trust_herokus_router_and_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, dyno: bool
+) -> None:
+    for name in ("SUPABASE_URL", "SUPABASE_KEY", "DATABASE_URL"):
+        monkeypatch.setenv(name, "https://abcdefghijkl.supabase.co")
+    if dyno:
+        monkeypatch.setenv("DYNO", "web.1")
+    else:
+        monkeypatch.delenv("DYNO", raising=False)
+    for path in packaged_configs():
+        values = ConfigFile.read(path).values
+        assert values["server"]["trusted_proxies"] == (1 if dyno else None)
+        assert values["limits"]["daily_budget_usd"] > 0
 
 
 async def test_behind_a_proxy_the_address_that_it_added_counts(serve: Serve) -> None:

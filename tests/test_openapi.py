@@ -257,6 +257,17 @@ def test_each_parameter_is_described(document: dict[str, Any]) -> None:
         assert {(entry["in"], entry["name"]) for entry in found} == in_path | read, path
 
 
+def test_who_is_refused_for_too_much_is_told_where_to_read_how_long(
+    document: dict[str, Any],
+) -> None:
+    for method, path, _ in _described():
+        responses = document["paths"][path][method]["responses"]
+        limited = {"RateLimit", "RateLimit-Policy"}
+        if "429" in responses:
+            assert limited | {"Retry-After"} <= set(responses["429"]["headers"]), path
+            assert limited <= set(responses["200"]["headers"]), path
+
+
 def test_each_code_is_described_under_its_status(document: dict[str, Any]) -> None:
     described: set[tuple[int, str]] = set()
     for item in document["paths"].values():
