@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -388,3 +389,36 @@ def test_a_limit_is_read_as_it_is_written(text: str, read: list[Any]) -> None:
 async def test_a_limit_that_cannot_be_read_stops_the_start(serve: Serve, text: str) -> None:
     with pytest.raises(Exception, match=r"limits\.turns_per_ip: must be"):
         await serve(ECHO_CONFIG + f"limits: {{turns_per_ip: {text}}}\n")
+
+
+PLUGIN = """
+import chatd
+
+
+class Lookup(chatd.Handler):
+    async def get(self, chatbot_id):
+        chatbot = await self.services.access.chatbot(chatbot_id)
+        self.serve_chatbot(chatbot, check_origin=True)
+        async with self.admitted("turns", ip=self.client_address()):
+            self.answer({"found": True})
+
+
+@chatd.hookimpl
+def chatd_register_routes(register):
+    register.add(r"/x/lookup/([^/]+)", Lookup)
+"""
+
+
+async def test_a_plugins_endpoint_can_count_under_the_same_limits(
+    serve: Serve, tmp_path: Path
+) -> None:
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "lookup.py").write_text(PLUGIN)
+    served = await serve(
+        limited(turns_per_ip="2/minute") + f"plugins: {{folder: {tmp_path}/plugins}}"
+    )
+    bot = await served.add_bot()
+    session = await session_of(served, bot)
+    assert (await served.get(f"/x/lookup/{bot.id}")).status == 200
+    assert (await say(served, session)).status == 200
+    assert_problem(await served.get(f"/x/lookup/{bot.id}"), 429, "rate_limited")
