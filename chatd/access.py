@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 from chatd.domain import Channel, Chatbot, hash_api_key
-from chatd.errors import InvalidApiKey, NotFound, OriginNotAllowed, StorageUnavailable
+from chatd.errors import (
+    IdentityRequired,
+    InvalidApiKey,
+    NotFound,
+    OriginNotAllowed,
+    StorageUnavailable,
+)
+from chatd.identity import subject
 from chatd.storage import Storage
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+_LABELS = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
 CACHE_ENTRIES = 10_000
 """Chatbots and sessions that are kept in memory, each; the least recently used go first."""
@@ -44,6 +55,17 @@ class _Cache(Generic[K, V]):
         return found
 
 
+NO_SESSION = "There is no widget session with this id."
+
+
+@dataclass(frozen=True, slots=True)
+class WidgetSession:
+    """Whose a widget's session is; `user_id` is the visitor's that it was begun for."""
+
+    chatbot: Chatbot
+    user_id: str | None
+
+
 class Access:
     """Decides who may talk to which chatbot.
 
@@ -63,7 +85,7 @@ class Access:
         self._chatbots = _Cache(storage.get_chatbot, cache_seconds)
         self._by_key = _Cache(storage.get_chatbot_by_key, cache_seconds)
         self._storage = storage
-        # A session's chatbot and channel never change, and a turn asks storage for it anyway.
+        # A session's chatbot, channel and user never change, and a turn asks storage for it anyway.
         self._sessions = _Cache(self._session, 3600)
         self._origins = _Cache[None, frozenset[str]](
             lambda _: storage.allowed_origins(), cache_seconds
@@ -94,18 +116,47 @@ class Access:
             raise NotFound("There is no chatbot with this id.")
         return chatbot
 
-    async def widget_session(self, session_id: str) -> Chatbot:
-        """The chatbot of a session that its id alone opens. Raises `NotFound`."""
+    async def widget_session(self, session_id: str) -> WidgetSession:
+        """Whose a session is that its id alone opens. Raises `NotFound`.
+
+        Ask `require_visitor` next: an id may have been left on a computer that others use.
+        """
         session = await self._sessions.get(session_id)
         chatbot = await self._chatbots.get(session[0]) if session else None
         if session is None or session[1] == "api" or chatbot is None:
-            raise NotFound("There is no widget session with this id.")
-        return chatbot
+            raise NotFound(NO_SESSION)
+        return WidgetSession(chatbot, session[2])
 
-    async def _session(self, session_id: str) -> tuple[str, Channel | None] | None:
-        """A session's chatbot and channel; the rest of it is not kept in memory."""
+    async def _session(self, session_id: str) -> tuple[str, Channel | None, str | None] | None:
+        """A session's chatbot, channel and user; the rest of it is not kept in memory."""
         session = await self._storage.get_session(session_id)
-        return (session.chatbot_id, session.channel) if session else None
+        return (session.chatbot_id, session.channel, session.user_id) if session else None
+
+    def visitor(self, chatbot: Chatbot, token: str | None) -> str | None:
+        """Who sits before a widget, by a token; None for who need not say and does not.
+
+        Raises `IdentityRequired` for a token that is not good, and for none where one is required.
+        Where the chatbot has no identity secret no token can be checked, and none counts.
+        """
+        settings = chatbot.settings
+        if token and settings.identity_secrets:
+            return subject(token, settings.identity_secrets)
+        if settings.require_identity:
+            raise IdentityRequired
+        return None
+
+    def require_visitor(self, session: WidgetSession, token: str | None) -> None:
+        """Checks that a session is the visitor's who asks.
+
+        Raises `IdentityRequired` as `visitor` does, and for no token where the session was begun
+        for a visitor; `NotFound` for the session of another, or of nobody.
+        """
+        visitor = self.visitor(session.chatbot, token)
+        if visitor == session.user_id or not session.chatbot.settings.identity_secrets:
+            return
+        if visitor is None:
+            raise IdentityRequired
+        raise NotFound(NO_SESSION)
 
     def allows_origin(self, origin: str, chatbot: Chatbot) -> bool:
         """Whether pages of `origin` may talk to `chatbot`."""
@@ -113,8 +164,17 @@ class Access:
         return self._matches(origin, self._default if own is None else frozenset(own))
 
     def require_origin(self, origin: str | None, chatbot: Chatbot) -> None:
-        """Raises `OriginNotAllowed` for a page of an origin that is not allowed."""
-        if origin is not None and not self.allows_origin(origin, chatbot):
+        """Raises `OriginNotAllowed` for a page of an origin that is not allowed.
+
+        None is a client that names no origin. It is refused where the chatbot has a list of its
+        own, unless that is open to all.
+        """
+        if origin is None:
+            own = chatbot.settings.allowed_origins
+            allowed = own is None or "*" in own
+        else:
+            allowed = self.allows_origin(origin, chatbot)
+        if not allowed:
             raise OriginNotAllowed
 
     async def allows_origin_somewhere(self, origin: str) -> bool:
@@ -128,7 +188,21 @@ class Access:
 
     def _matches(self, origin: str, allowed: frozenset[str]) -> bool:
         # "null" is what sandboxed and local pages all send, so "*" does not mean it.
-        return origin in allowed or origin in self._own or ("*" in allowed and origin != "null")
+        return "*" not in origin and (
+            origin in allowed
+            or origin in self._own
+            or ("*" in allowed and origin != "null")
+            or any(_is_below(origin, pattern) for pattern in allowed if "://*." in pattern)
+        )
+
+
+def _is_below(origin: str, pattern: str) -> bool:
+    """Whether an origin fits `https://*.example.com`: one label or more in the place of the `*`."""
+    scheme, _, rest = pattern.partition("*")
+    if not (origin.startswith(scheme) and origin.endswith(rest)):
+        return False
+    labels = origin[len(scheme) : len(origin) - len(rest)]
+    return _LABELS.fullmatch(labels) is not None
 
 
 def _origin(url: str) -> str:

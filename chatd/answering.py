@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chatd import logs
+from chatd.budgets import Reservation
 from chatd.domain import Chatbot, TurnStatus, Usage
 from chatd.errors import (
     InvalidRequest,
@@ -52,6 +53,7 @@ class RunningTurn:
     ending: TurnStatus | None = None
     task: asyncio.Task[None] | None = None
     began: bool = False
+    reserved: Reservation | None = None
     _half: str = ""
 
     @property

@@ -17,12 +17,14 @@ from tornado.web import Application, RequestHandler
 import chatd
 from chatd import logs, openapi
 from chatd.access import Access
+from chatd.budgets import Budgets
 from chatd.config import Ask, Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
-from chatd.handlers import chat, docs, health, openai, sessions, turns, widget
+from chatd.handlers import bot, chat, docs, health, openai, sessions, turns, widget
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
+from chatd.limits import Limits, WindowCounters
 from chatd.offers import Offer
 from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
@@ -173,7 +175,13 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
             (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
         )
         stack.push_async_callback(_closed, f"interceptor {use.name}", interceptors[-1][1].close)
-    running = Turns(storage, router, interceptors, lease_seconds=config.server.lease_seconds)
+    running = Turns(
+        storage,
+        router,
+        interceptors,
+        lease_seconds=config.server.lease_seconds,
+        budgets=Budgets(storage, config.limits),
+    )
     stack.push_async_callback(running.close)
     await running.open()
     access = Access(
@@ -182,7 +190,8 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
         public_url=config.server.public_url,
         cache_seconds=config.server.chatbot_cache_seconds,
     )
-    services = Services(config.server, storage, access, running)
+    limits = Limits(config.limits, WindowCounters(), trusted_proxies=config.server.trusted_proxies)
+    services = Services(config.server, storage, access, limits, running)
     return Runtime(build_application(services, registry.routes), services, router)
 
 
@@ -209,6 +218,7 @@ def routes() -> list[Route]:
     described = [
         *chat.ROUTES,
         *sessions.ROUTES,
+        *bot.ROUTES,
         *turns.ROUTES,
         *openai.ROUTES,
         *health.ROUTES,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from dotenv import load_dotenv
@@ -44,6 +44,23 @@ class ServerConfig:
     chatbot_cache_seconds: float = 3
     drain_seconds: float = 25
     lease_seconds: float = 30
+    trusted_proxies: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """How much is taken of whom, for chatbots that set nothing else; docs/limits.md says why so."""
+
+    sessions_per_ip: str = "20/minute, 100/hour"
+    sessions_per_visitor: str = "10/minute, 60/hour"
+    sessions_per_chatbot: str = "120/minute, 2000/hour"
+    turns_per_ip: str = "30/minute, 300/hour"
+    turns_per_session: str = "10/minute, 100/hour"
+    turns_per_visitor: str = "10/minute, 100/hour"
+    turns_per_chatbot: str = "120/minute, 2000/hour"
+    turns_per_key: str = "none"
+    daily_budget_usd: float | Literal["none"] = "none"
+    turn_reserve_usd: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +120,7 @@ class Config:
     """A configuration that was checked, whole."""
 
     server: ServerConfig
+    limits: LimitsConfig
     storage: Use
     providers: Mapping[str, ProviderConfig]
     models: tuple[ModelRule, ...]
@@ -394,6 +412,7 @@ def _build(values: Mapping[str, Any]) -> Config:
     server = dict(values.get("server") or {})
     if "allowed_origins" in server:
         server["allowed_origins"] = tuple(server["allowed_origins"])
+    server["trusted_proxies"] = server.get("trusted_proxies") or 0
     providers = {
         name: ProviderConfig(
             Use(part["use"], _settings(part, _OF_PROVIDERS)),
@@ -408,6 +427,7 @@ def _build(values: Mapping[str, Any]) -> Config:
     first = values.get("first_chatbot")
     return Config(
         server=ServerConfig(**server),
+        limits=LimitsConfig(**(values.get("limits") or {})),
         storage=Use(values["storage"]["use"], _settings(values["storage"], set())),
         providers=providers,
         models=tuple(

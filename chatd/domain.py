@@ -30,6 +30,7 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Channel = Literal["api", "widget"]
 OnDisconnect = Literal["finish", "stop"]
+ThemeMode = Literal["light", "dark", "auto"]
 
 
 def matches(pattern: str, text: str) -> bool:
@@ -40,6 +41,34 @@ def matches(pattern: str, text: str) -> bool:
 @lru_cache(1024)
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), re.DOTALL)
+
+
+_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_RATE = re.compile(r"([0-9]+)/(?:([0-9]+) ?)?(second|minute|hour|day)s?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """So many in so many seconds."""
+
+    count: int
+    seconds: int
+
+    def __str__(self) -> str:
+        name, unit = next(
+            (name, unit) for name, unit in reversed(_UNITS.items()) if self.seconds % unit == 0
+        )
+        times = self.seconds // unit
+        return f"{self.count} in {f'{times} {name}s' if times > 1 else f'a {name}'}"
+
+
+@lru_cache(1024)
+def rates(text: str) -> tuple[Rate, ...]:
+    """The rates of a limit like `20/minute, 200/hour`; none of `none`."""
+    return tuple(
+        Rate(int(count), int(times or 1) * _UNITS[unit])
+        for count, times, unit in _RATE.findall(text)
+    )
 
 
 def new_id() -> str:
@@ -85,14 +114,32 @@ class ChatbotSettings:
     """Whether a client with the key may show the model images."""
     provider_options: Mapping[str, Mapping[str, Any]] | None = None
     """What kinds of provider are told beside the question, by the name that each is offered under."""
+    greeting: str | None = None
+    """What the widget says first; no model is asked for it."""
+    suggestions: tuple[str, ...] = ()
+    """Questions that the widget offers before the first one is asked."""
+    theme: ThemeMode | None = None
+    accent: str | None = None
+    """The widget's colour, like `#0a7d5c`."""
+    language: str | None = None
+    """The widget's language, a BCP 47 tag like `de` or `pt-BR`."""
+    require_identity: bool = False
+    """Whether the widget's visitors must prove who they are, with a token that the site signs."""
+    identity_secrets: tuple[str, ...] = field(default=(), repr=False)
+    """What such tokens are signed with: the newest first, and maybe the one before it."""
+    limits: Mapping[str, str] | None = None
+    """The limits that differ from the server's, by name, like `{"turns_per_ip": "5/minute"}`."""
+    daily_budget_usd: float | Literal["none"] | None = None
+    """What all turns of a day in UTC may cost together."""
+    turn_reserve_usd: float | None = None
+    """What a turn is taken to cost until that is known."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Reads what `to_json` wrote; names it does not know (a newer version's) are left out."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        if isinstance(origins := known.get("allowed_origins"), list):
-            known["allowed_origins"] = tuple(origins)
-        return cls(**known)
+        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return cls(**(known | lists))
 
     def to_json(self) -> dict[str, Any]:
         """The settings that differ from the defaults, as plain JSON values."""

@@ -8,10 +8,10 @@ ChatdError
 └── RequestError             ends a request; `code` is what the client reads
     ├── MalformedRequest     ├── InvalidRequest      ├── InvalidApiKey
     ├── SessionRequired      ├── NotFound            ├── OriginNotAllowed
-    ├── TurnRefused
+    ├── IdentityRequired     ├── TurnRefused
     ├── TurnInProgress       ├── IdempotencyKeyReused
-    ├── RateLimited          ├── ProviderFailed      ├── ProviderTimeout
-    ├── StorageUnavailable   ├── Overloaded
+    ├── RateLimited          ├── BudgetExhausted     ├── ProviderFailed
+    ├── ProviderTimeout      ├── StorageUnavailable  ├── Overloaded
     └── ShuttingDown
 """
 
@@ -186,6 +186,16 @@ class OriginNotAllowed(RequestError):
     )
 
 
+class IdentityRequired(RequestError):
+    """This chatbot's visitors are known by a token, and there is none that is good."""
+
+    code = "identity_required"
+    default_detail = (
+        "This chatbot talks to visitors who are known: send the user_token that the server of the "
+        "site signed for this visitor."
+    )
+
+
 class TurnRefused(RequestError):
     """A plugin declined the turn; its `detail` is shown to the client."""
 
@@ -212,6 +222,16 @@ class RateLimited(RequestError):
 
     code = "rate_limited"
     default_detail = "Too many requests just now. Wait as long as Retry-After says."
+
+
+class BudgetExhausted(RequestError):
+    """The chatbot has cost what it may cost in a day."""
+
+    code = "budget_exhausted"
+    default_detail = (
+        "This chatbot has no more answers for today. It goes on at midnight UTC, "
+        "or when its operator raises its budget."
+    )
 
 
 class ProviderFailed(RequestError):

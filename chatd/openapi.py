@@ -10,6 +10,7 @@ from typing import Any
 from chatd.errors import (
     InvalidRequest,
     MalformedRequest,
+    RateLimited,
     RequestError,
 )
 from chatd.handlers.base import Operation, Route
@@ -29,6 +30,21 @@ _REQUEST_ID = {
         "description": "The request's id, the caller's own if it sent one.",
         "schema": {"type": "string"},
     }
+}
+_QUOTA = {
+    "RateLimit-Policy": {
+        "description": "The limits that count this request: of each its name with its window, how "
+        "many (`q`) and in how many seconds (`w`).",
+        "schema": {"type": "string"},
+    },
+    "RateLimit": {
+        "description": "The limit that is nearest: how many are left (`r`), and in how many seconds "
+        "one comes back (`t`).",
+        "schema": {"type": "string"},
+    },
+}
+_RETRY_AFTER = {
+    "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string"}},
 }
 # One event: OpenAPI 3.1 has no word for it, and tools read the schema of a stream as this.
 _EVENTS = {
@@ -148,7 +164,8 @@ def _successes(operation: Operation) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": {**_EVENTS, **told}}
     answers: dict[str, Any] = {}
     if content:
-        answers["200"] = {"description": "Done.", "headers": _REQUEST_ID, "content": content}
+        headers = {**_REQUEST_ID, **(_QUOTA if RateLimited in operation.errors else {})}
+        answers["200"] = {"description": "Done.", "headers": headers, "content": content}
     if operation.nothing is not None:
         answers["204"] = {"description": operation.nothing, "headers": _REQUEST_ID}
     return answers
@@ -163,7 +180,7 @@ def _problems(errors: Iterable[type[RequestError]], told: str) -> dict[str, Any]
         str(status): {
             "description": f"{HTTPStatus(status).phrase}: "
             + ", ".join(f"`{kind.code}`" for kind in kinds),
-            "headers": _REQUEST_ID,
+            "headers": {**_REQUEST_ID, **({**_QUOTA, **_RETRY_AFTER} if status == 429 else {})},
             "content": {kind: {"schema": _reference(told)}},
         }
         for status, kinds in sorted(by_status.items())

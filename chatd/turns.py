@@ -17,6 +17,7 @@ from typing import Any
 
 from chatd.answering import RunningTurn, around, asked, collect, storable, unfinished
 from chatd.bookkeeping import STORE_SECONDS, Books
+from chatd.budgets import Budgets
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
 from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, StorageUnavailable
 from chatd.interceptor import Interceptor, Proceed, TurnContext
@@ -86,11 +87,13 @@ class Turns:
         interceptors: Sequence[tuple[str, Interceptor]] = (),
         *,
         lease_seconds: float = 30,
+        budgets: Budgets | None = None,
     ) -> None:
         self._storage = storage
         self._books = Books(storage, lease_seconds)
         self._router = router
         self._interceptors = tuple(interceptors)
+        self._budgets = budgets
         self._running: dict[str, RunningTurn] = {}
         self._beginning: dict[str, asyncio.Event] = {}
         self._elsewhere: dict[str, Reply] = {}
@@ -127,13 +130,19 @@ class Turns:
             raise ShuttingDown
         turn_id = new_id()
         begun = self._beginning[turn_id] = asyncio.Event()
+        reserved = None
         try:
+            reserved = await self._budgets.reserve(chatbot) if self._budgets else None
             started = await self._start(
                 turn_id, chatbot, session_id, messages, label, stream, idempotency_key, extras
             )
+            if isinstance(started, RunningTurn):
+                started.reserved, reserved = reserved, None
         finally:
             del self._beginning[turn_id]
             begun.set()
+            if reserved is not None:
+                reserved.release()
         if isinstance(started, RunningTurn):
             return Started(started.reply)
         return Started(await self._find(started, chatbot.id), replayed=True)
@@ -429,6 +438,8 @@ class Turns:
             stored = await self._books.finish(finish)
         finally:
             self._running.pop(turn.id, None)
+            if turn.reserved is not None:
+                turn.reserved.settle(usage.cost_usd, free=finish.rerunnable)
             turn.reply.end(
                 TurnResult(
                     turn_id=turn.id,

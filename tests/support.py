@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from chatd.config import LimitsConfig
 from chatd.testing.served import KEY, Answer, Served, open_served
 
 __all__ = ["KEY", "Answer", "Served", "open_served"]
@@ -25,6 +27,13 @@ providers:
 models:
   - {match: "*", ask: [main]}
 """
+
+
+def without_limits(config: str) -> str:
+    """A configuration whose limits are `none`, one client being all that asks it."""
+    head, _, limits = config.partition("\nlimits:\n")
+    names = [field.name for field in dataclasses.fields(LimitsConfig) if "_per_" in field.name]
+    return f"{head}\nlimits:\n" + "".join(f"  {name}: none\n" for name in names) + limits
 
 
 class ServerProcess:

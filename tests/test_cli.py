@@ -361,6 +361,15 @@ def test_add_prints_one_object_with_id_and_key(tmp_path: Path) -> None:
         "allow_tools",
         "allow_images",
         "provider_options",
+        "greeting",
+        "suggestions",
+        "theme",
+        "accent",
+        "language",
+        "require_identity",
+        "limits",
+        "daily_budget_usd",
+        "turn_reserve_usd",
     }
 
 
@@ -381,9 +390,19 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "--allow-images": "no",
         "--provider-options": '{"openrouter": {"models": ["a/b"]}}',
         "--allowed-origin": "https://a.example",
+        "--greeting": "Hello! What about a bicycle?",
+        "--suggestion": "Which one is light?",
+        "--theme": "dark",
+        "--accent": "#0a7d5c",
+        "--language": "pt-BR",
+        "--require-identity": "yes",
+        "--limit": "turns_per_ip=5/minute, 50/hour",
+        "--daily-budget-usd": "2.5",
+        "--turn-reserve-usd": "0.01",
     }
     options = [word for pair in given.items() for word in pair]
-    bot = added(tmp_path, *options, "--allowed-origin", "https://b.example")
+    options += ["--allowed-origin", "https://*.b.example", "--suggestion", "Which one is cheap?"]
+    bot = added(tmp_path, *options)
     expected = {
         "id": id,
         "name": "Zoë",
@@ -392,11 +411,20 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "context_tokens": 4000,
         "max_output_tokens": 300,
         "temperature": 0.5,
-        "allowed_origins": ["https://a.example", "https://b.example"],
+        "allowed_origins": ["https://a.example", "https://*.b.example"],
         "on_disconnect": "stop",
         "allow_tools": False,
         "allow_images": False,
         "provider_options": {"openrouter": {"models": ["a/b"]}},
+        "greeting": "Hello! What about a bicycle?",
+        "suggestions": ["Which one is light?", "Which one is cheap?"],
+        "theme": "dark",
+        "accent": "#0a7d5c",
+        "language": "pt-BR",
+        "require_identity": True,
+        "limits": {"turns_per_ip": "5/minute, 50/hour"},
+        "daily_budget_usd": 2.5,
+        "turn_reserve_usd": 0.01,
     }
     assert bot == {**expected, "api_key": KEY}
     shown = each(tmp_path, [["bots", "show", name, "--json"] for name in (id, "Zoë")])
@@ -427,7 +455,35 @@ BAD_VALUES = [
     ("--temperature", "nan", "--temperature: must be"),
     ("--allow-tools", "maybe", "--allow-tools: must be yes or no"),
     ("--allowed-origin", "https://a.example/path", "--allowed-origin: must be an origin"),
+    ("--allowed-origin", "https://a.*.example", "--allowed-origin: must be an origin"),
+    ("--allowed-origin", "https://*.com", "--allowed-origin: must be an origin"),
+    ("--limit", "turns_per_ip=many", "--limit turns_per_ip: must be like 20/minute"),
+    ("--limit", "turns_per_ip=0/minute", "--limit turns_per_ip: must be like 20/minute"),
+    ("--limit", "turns_per_op=5/minute", '--limit turns_per_op: unknown key, did you mean "turns'),
+    ("--limit", "5/minute", "--limit 5/minute: must be like turns_per_ip="),
+    ("--daily-budget-usd", "much", "--daily-budget-usd: must be a number of USD, none or default"),
+    ("--daily-budget-usd", "-1", "--daily-budget-usd: must be a number of USD, none or default"),
+    ("--turn-reserve-usd", "0", "--turn-reserve-usd: must be more than 0"),
+    ("--suggestion", "", "--suggestion: must not be empty"),
+    ("--theme", "pink", "--theme: must be light, dark, auto or default"),
+    ("--accent", "red", "--accent: must be a colour like #0a7d5c"),
+    ("--language", "german!", "--language: must be a language tag like de or pt-BR"),
 ]
+
+
+def test_set_changes_one_limit_and_takes_it_back(tmp_path: Path) -> None:
+    added(tmp_path, "--name", "Bot", "--limit", "turns_per_ip=5/minute")
+
+    def limits(*options: str) -> Any:
+        done = chatd_command("bots", "set", "Bot", "--json", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["limits"]
+
+    both = {"turns_per_ip": "5/minute", "turns_per_session": "none"}
+    assert limits("--limit", "turns_per_session=none") == both
+    assert limits("--greeting", "Hi") == both
+    assert limits("--limit", "turns_per_ip=default") == {"turns_per_session": "none"}
+    assert limits("--limit", "turns_per_session=default") is None
 
 
 def test_a_bad_value_is_told_in_a_sentence(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from chatd import hookspecs
 from chatd.app import load, packaged_config, routes
 from chatd.cli import main
-from chatd.config import ServerConfig
+from chatd.config import LimitsConfig, ServerConfig
 from chatd.handlers.problems import PROBLEMS
 from chatd.offers import Offer
 from chatd.provider import Timeouts
@@ -29,6 +29,8 @@ from tests.test_cli import serving, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+LISTS = {"allowed_origins", "suggestions", "limits"}
+"""Settings of a chatbot of which an option names one."""
 SERVED = "http://localhost:8000"
 """The address that the pages show, for which the tests put the one that is served."""
 
@@ -107,7 +109,12 @@ def test_every_setting_of_the_configuration_is_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix", "defaults"), [("server", ServerConfig()), ("providers.NAME.timeouts", Timeouts())]
+    ("prefix", "defaults"),
+    [
+        ("server", ServerConfig()),
+        ("limits", LimitsConfig()),
+        ("providers.NAME.timeouts", Timeouts()),
+    ],
 )
 def test_the_documented_defaults_are_the_defaults(prefix: str, defaults: Any) -> None:
     text = page("docs/configuration.md")
@@ -137,7 +144,7 @@ def test_every_setting_of_a_chatbot_is_documented() -> None:
     text = section(page("docs/configuration.md"), "## Settings of a chatbot")
     names = ["name", "model", *schema("chatbot_settings").document["properties"]]
     for name in names:
-        option = name.replace("_", "-").removesuffix("s" if name == "allowed_origins" else "\0")
+        option = name.replace("_", "-").removesuffix("s" if name in LISTS else "\0")
         assert row(text, f"--{option}")
 
 

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"domain", "errors", "sse", "logs", "watchdog"},
     {"validation", "schemas", "http_errors"},
-    {"storage", "provider", "breaker", "prices"},
+    {"storage", "provider", "breaker", "prices", "identity"},
     {"interceptor", "reply", "racing", "http_provider"},
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
-    {"routing", "limits", "access", "copying"},
+    {"routing", "limits", "budgets", "access", "copying"},
     {"answering", "bookkeeping", "settling"},
     {"turns"},
     {"handlers"},
@@ -40,6 +40,9 @@ DOMAIN = {
     "reply",
     "turns",
     "access",
+    "limits",
+    "budgets",
+    "identity",
     "copying",
 }
 

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from chatd import openapi
-from chatd.app import routes
+from chatd.app import packaged_config, routes
 from chatd.handlers.base import Operation
 from chatd.handlers.problems import PROBLEMS
-from tests.support import ServerProcess, clean_env, server_process
+from tests.support import ServerProcess, clean_env, server_process, without_limits
 
 SEED = 1
 SESSION, CHAT = "/api/chat/session", "/api/chat"
@@ -42,8 +42,9 @@ BY_SESSION = (ALWAYS - {200}) | {401, 403, 404, 503}
 STATUSES = {
     ("post", SESSION): WITH_BODY | {401, 503},
     ("post", CHAT): WITH_BODY | TURN | {401},
-    ("post", WIDGET_SESSION): WITH_BODY | {403, 404, 503},
+    ("post", WIDGET_SESSION): WITH_BODY | {403, 404, 429, 503},
     ("post", WIDGET_CHAT): WITH_BODY | TURN,
+    ("get", "/api/chat/widget/bot/{chatbot_id}"): WITH_ANSWER | {403, 404, 503},
     ("get", f"{ONE_SESSION}/messages"): BY_KEY | {200, 406, 422},
     ("get", "/api/chat/widget/messages"): BY_SESSION | {200, 406, 422},
     ("delete", ONE_SESSION): BY_KEY | {204},
@@ -113,8 +114,10 @@ def _post(connection: http.client.HTTPConnection, path: str, body: bytes) -> Rep
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """`chatd serve` on the embedded default."""
-    with server_process(tmp_path_factory.mktemp("server")) as server:
+    """`chatd serve` on the embedded default, without its limits: here one client asks it all."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "chatd.yaml").write_text(without_limits(packaged_config().read_text()))
+    with server_process(folder) as server:
         parts = urlsplit(server.url)
         host, port = str(parts.hostname), int(parts.port or 0)
         found = re.search(r"assistant_id (\S+)\s+api_key +(\S+)", server.stderr)
@@ -252,6 +255,17 @@ def test_each_parameter_is_described(document: dict[str, Any]) -> None:
         in_path = {("path", name) for name in re.findall(r"{([a-z_]+)}", path)}
         read = {(parameter.place, parameter.name) for parameter in operation.parameters}
         assert {(entry["in"], entry["name"]) for entry in found} == in_path | read, path
+
+
+def test_who_is_refused_for_too_much_is_told_where_to_read_how_long(
+    document: dict[str, Any],
+) -> None:
+    for method, path, _ in _described():
+        responses = document["paths"][path][method]["responses"]
+        limited = {"RateLimit", "RateLimit-Policy"}
+        if "429" in responses:
+            assert limited | {"Retry-After"} <= set(responses["429"]["headers"]), path
+            assert limited <= set(responses["200"]["headers"]), path
 
 
 def test_each_code_is_described_under_its_status(document: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,20 @@ from chatd.domain import (
     new_id,
 )
 from chatd.errors import ChatdError, MalformedRequest
+from chatd.identity import new_identity_secret
 from chatd.registry import Registry
 from chatd.validation import did_you_mean, parse_json, pointer, schema
 
 DEFAULT_MODEL = "openai/gpt-4o-mini"
 MIN_KEY_CHARS = 16
-_SETTINGS = tuple(f.name for f in dataclasses.fields(ChatbotSettings))
+_SETTINGS = tuple(
+    f.name for f in dataclasses.fields(ChatbotSettings) if f.name != "identity_secrets"
+)
+_LISTS = ("allowed_origins", "suggestions", "limits")
+"""Settings of which an option names one; it is given several times."""
+_FRACTIONS = ("temperature", "daily_budget_usd", "turn_reserve_usd")
+_WORDS = ("on_disconnect", "theme", "accent", "language")
+"""Settings that are text, in few words."""
 
 
 class BadValue(ChatdError):
@@ -56,6 +65,42 @@ def _settings_options(command: Any) -> Any:
             metavar="JSON",
             help="What kinds of provider are told, like "
             """'{"openrouter": {"models": ["a/b"]}}'; @FILE reads a file, "default" is nothing.""",
+        ),
+        click.option(
+            "--greeting", metavar="TEXT", help='What the widget says first; "" is nothing.'
+        ),
+        click.option(
+            "--suggestion",
+            "suggestions",
+            multiple=True,
+            metavar="TEXT",
+            help='A question that the widget offers; several may be given. "default" is none.',
+        ),
+        click.option("--theme", metavar="light|dark|auto", help="How the widget looks."),
+        click.option("--accent", metavar="#RRGGBB", help="The widget's colour."),
+        click.option("--language", metavar="TAG", help="The widget's language, like de or pt-BR."),
+        click.option(
+            "--limit",
+            "limits",
+            multiple=True,
+            metavar="NAME=RATE",
+            help='A limit, like turns_per_ip="5/minute, 50/hour"; several may be given. '
+            '"default" as the rate is the server\'s.',
+        ),
+        click.option(
+            "--daily-budget-usd",
+            metavar="USD",
+            help='What a day may cost, or none; "default" is the server\'s.',
+        ),
+        click.option(
+            "--turn-reserve-usd",
+            metavar="USD",
+            help='What a turn may cost, until it is known; "default" is the server\'s.',
+        ),
+        click.option(
+            "--require-identity",
+            metavar="yes|no",
+            help="Whether the widget's visitors need a token that the site signs.",
         ),
         click.option(
             "--on-disconnect",
@@ -116,6 +161,7 @@ async def add(
     async with opened_with_plugins(config_path) as (storage, registry):
         _check_options(changed, settings, registry)
         await storage.add_chatbot(chatbot)
+    _tell_what_is_missing(chatbot)
     if as_json:
         click.echo(json.dumps({**_shown(chatbot), "api_key": key}))
         return
@@ -156,10 +202,7 @@ async def show(bot: str, config_path: Path | None, as_json: bool) -> None:
         return
     width = max(map(len, shown))
     for name, value in shown.items():
-        text = "default" if value is None else value
-        if isinstance(value, dict):
-            text = json.dumps(value, ensure_ascii=False)
-        click.echo(f"{name:<{width}}  {', '.join(text) if isinstance(text, list) else text}")
+        click.echo(f"{name:<{width}}  {_in_words(value)}")
 
 
 @bots.command("set")
@@ -189,6 +232,7 @@ async def set_(
         )
         await storage.update_chatbot(chatbot)
     click.echo(json.dumps(_shown(chatbot)) if as_json else f'Changed "{chatbot.name}"')
+    _tell_what_is_missing(chatbot)
 
 
 @bots.command("rotate-key")
@@ -206,6 +250,31 @@ async def rotate_key(bot: str, config_path: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({"id": chatbot.id, "api_key": key}))
     else:
         click.echo(f"api_key  {key}   (shown only now)")
+
+
+@bots.command("identity-secret")
+@click.argument("bot")
+@config_option
+@click.option("--keep-old", is_flag=True, help="Take tokens of the last one too, until the next.")
+@json_option
+@asynchronous
+async def identity_secret(
+    bot: str, config_path: Path | None, keep_old: bool, as_json: bool
+) -> None:
+    """Give a chatbot a new secret to sign visitors' tokens with, shown once.
+
+    The one before stops working within seconds, unless it is kept.
+    """
+    secret = new_identity_secret()
+    async with opened_storage(config_path) as storage:
+        chatbot = await find_chatbot(storage, bot)
+        old = chatbot.settings.identity_secrets[:1] if keep_old else ()
+        settings = dataclasses.replace(chatbot.settings, identity_secrets=(secret, *old))
+        await storage.update_chatbot(dataclasses.replace(chatbot, settings=settings))
+    if as_json:
+        click.echo(json.dumps({"id": chatbot.id, "identity_secret": secret}))
+    else:
+        click.echo(f"identity_secret  {secret}   (shown only now)")
 
 
 @bots.command()
@@ -236,6 +305,22 @@ def _shown(chatbot: Chatbot) -> dict[str, Any]:
     }
 
 
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict) and not all(isinstance(inner, str) for inner in value.values()):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return "; ".join(f"{name}={rate}" for name, rate in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "default"
+    return "default" if value is None else str(value)
+
+
+def _tell_what_is_missing(chatbot: Chatbot) -> None:
+    if chatbot.settings.require_identity and not chatbot.settings.identity_secrets:
+        text = "It has no identity secret, so no visitor gets in: "
+        click.echo(f"{text}`chatd bots identity-secret {chatbot.id}` makes one.", err=True)
+
+
 def _checked_key(api_key: str | None) -> str:
     if api_key is None:
         return new_api_key()
@@ -259,29 +344,48 @@ def _checked_name(value: str, option: str) -> str:
 
 def _changed(settings: ChatbotSettings, given: dict[str, Any]) -> ChatbotSettings:
     """`settings` with what was given on the command line. Raises `BadValue`."""
-    values = {
-        **settings.to_json(),
-        **{k: _typed(k, v) for k, v in given.items() if v not in (None, ())},
-    }
+    values = {k: v for k, v in settings.to_json().items() if k in _SETTINGS}
+    limits = _limits(settings.limits or {}, given.pop("limits", ()))
+    values |= {k: _typed(k, v) for k, v in given.items() if v not in (None, ())}
+    values["limits"] = limits or None
     if faults := schema("chatbot_settings").faults(values):
         raise BadValue("\n".join(f"{_option(pointer(path))}: {text}" for path, text in faults))
     known = {k: v for k, v in values.items() if v is not None}
-    return ChatbotSettings.from_json(known)
+    return dataclasses.replace(
+        ChatbotSettings.from_json(known), identity_secrets=settings.identity_secrets
+    )
+
+
+def _limits(old: Mapping[str, str], given: Sequence[str]) -> dict[str, str]:
+    """The limits with those of the command line, each `NAME=RATE`. Raises `BadValue`."""
+    limits = dict(old)
+    for text in given:
+        name, equals, rate = text.partition("=")
+        if not equals:
+            raise BadValue(f'--limit {text}: must be like turns_per_ip="5/minute, 50/hour"')
+        limits[name.strip()] = rate.strip()
+    return {name: rate for name, rate in limits.items() if rate != "default"}
 
 
 def _typed(name: str, value: Any) -> Any:
-    if name == "allowed_origins":
-        return None if value == ("default",) else list(value)
+    default = getattr(ChatbotSettings(), name)
+    if isinstance(value, tuple):
+        given = [_storable(name, text) for text in value]
+        return given if given != ["default"] else None if default is None else list(default)
     if name == "system_prompt":
         return _text("--system-prompt", value) or None
     if name == "provider_options" and value != "default":
         return _json("--provider-options", _text("--provider-options", value)) or None
-    if name in ("allow_tools", "allow_images"):
+    if name == "greeting":
+        return _storable(name, value) or None
+    if name in ("allow_tools", "allow_images", "require_identity"):
         return {"yes": True, "no": False}.get(value, value)
     if value == "default":
-        return None if name != "context_tokens" else ChatbotSettings().context_tokens
+        return default
+    if name in _WORDS:
+        return value
     try:
-        number = float(value) if name == "temperature" else int(value)
+        number = float(value) if name in _FRACTIONS else int(value)
     except ValueError:
         return value
     return number if math.isfinite(number) else value
@@ -328,6 +432,15 @@ def _check_options(settings: ChatbotSettings, given: dict[str, Any], registry: R
         raise BadValue("\n".join(f"--provider-options {fault}" for fault in faults))
 
 
+def _storable(name: str, value: str) -> str:
+    """The text as it is. Raises `BadValue` for what storage cannot hold."""
+    if storable(value) != value:
+        raise BadValue(f"{_option(f'/{name}')}: must be text, in UTF-8 and without U+0000")
+    return value
+
+
 def _option(path: str) -> str:
-    name = path.split("/")[1].replace("_", "-")
-    return "--allowed-origin" if name == "allowed-origins" else f"--{name}"
+    name, *inner = path.split("/")[1:]
+    if name == "limits":
+        return " ".join(["--limit", *inner])
+    return "--" + (name.removesuffix("s") if name in _LISTS else name).replace("_", "-")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Literal
@@ -19,7 +21,14 @@ from chatd import logs
 from chatd.access import Access
 from chatd.config import ServerConfig
 from chatd.domain import Chatbot
-from chatd.errors import InvalidApiKey, MalformedRequest, NotFound, RequestError, StorageUnavailable
+from chatd.errors import (
+    BudgetExhausted,
+    InvalidApiKey,
+    MalformedRequest,
+    NotFound,
+    RequestError,
+    StorageUnavailable,
+)
 from chatd.handlers.problems import (
     BodyTooLarge,
     HeadersTooLarge,
@@ -30,6 +39,7 @@ from chatd.handlers.problems import (
     problem_of,
     retry_after,
 )
+from chatd.limits import Admission, Kind, Limits
 from chatd.storage import Storage
 from chatd.turns import Turns
 from chatd.validation import parse_json, schema
@@ -50,10 +60,11 @@ _CONTENT_TYPE = re.compile(
     r"application/(?:[a-z0-9.-]+\+)?json\s*(?:;\s*charset=\"?utf-8\"?\s*)?", re.ASCII | re.I
 )
 _ALLOW_HEADERS = (
-    "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Request-Id"
+    "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-API-Key, X-Request-Id, "
+    "X-User-Token"
 )
 
-_EXPOSE_HEADERS = "X-Request-Id, Retry-After, Idempotency-Replayed"
+_EXPOSE_HEADERS = "X-Request-Id, Retry-After, Idempotency-Replayed, RateLimit, RateLimit-Policy"
 
 Auth = Literal["none", "api_key", "widget"]
 
@@ -114,6 +125,7 @@ class Services:
     config: ServerConfig
     storage: Storage
     access: Access
+    limits: Limits
     turns: Turns
 
 
@@ -138,6 +150,7 @@ class ApiHandler(RequestHandler):
         self._received = 0
         self._early = True
         self._cors = False
+        self._quota: dict[str, str] = {}
         self.is_gone = False
         self.on_gone: Callable[[], None] | None = None
         given = self.request.headers.get("X-Request-Id", "")
@@ -157,6 +170,8 @@ class ApiHandler(RequestHandler):
         if origin is not None and self._cors:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Expose-Headers", _EXPOSE_HEADERS)
+        for name, value in self._quota.items():
+            self.set_header(name, value)
 
     async def prepare(self) -> None:
         headers = self.request.headers
@@ -247,7 +262,8 @@ class ApiHandler(RequestHandler):
     def serve_chatbot(self, chatbot: Chatbot, *, check_origin: bool) -> Chatbot:
         """From here on the request is `chatbot`'s, and its allowed origins count.
 
-        With `check_origin` a page of another origin is refused; without, its browser is just not
+        With `check_origin` a page of another origin is refused, and where the chatbot has a list of
+        its own a client that names no origin; without, its browser is just not
         told that it may read the answer.
         """
         self.chatbot = chatbot
@@ -256,9 +272,31 @@ class ApiHandler(RequestHandler):
             if not self._cors:
                 self.clear_header("Access-Control-Allow-Origin")
             self._common_headers()
-            if check_origin:
-                self.services.access.require_origin(origin, chatbot)
+        # A browser names no origin when it reads from a page of this server.
+        if check_origin and (origin or self.request.headers.get("Sec-Fetch-Site") != "same-origin"):
+            self.services.access.require_origin(origin, chatbot)
         return chatbot
+
+    @asynccontextmanager
+    async def admitted(self, kind: Kind, **own: str | None) -> AsyncIterator[None]:
+        """Counts one more of a kind for the request's chatbot, and says in headers what is left.
+
+        What the visitors of a chatbot share is counted when the `async with` ends well. Raises
+        `RateLimited`.
+
+        :param own: as in `Limits.ask`.
+        """
+        assert self.chatbot is not None
+        async with self.services.limits.ask(kind, self.chatbot, own) as admission:
+            self._quota = _quota_headers(admission)
+            self._common_headers()
+            admission.require()
+            yield
+
+    def client_address(self) -> str:
+        """The address, or network, that the client is counted under."""
+        forwarded = self.request.headers.get("X-Forwarded-For", "")
+        return self.services.limits.address(self.request.remote_ip or "", forwarded)
 
     def on_connection_close(self) -> None:
         self.is_gone = True
@@ -309,6 +347,8 @@ class ApiHandler(RequestHandler):
         """Answers with an error, if nothing was answered yet."""
         problem = problem_of(error)
         self.error_code = error.code
+        if isinstance(error, BudgetExhausted):
+            self._quota = _budget_headers(error, self._quota)
         self.set_status(problem.status)
         self._common_headers()
         self.set_header("Content-Type", self.error_type)
@@ -338,6 +378,29 @@ class ApiHandler(RequestHandler):
         else:
             where = self.route.path if self.route else "-"
             log.error("%s %s failed: %s", self.request.method, where, logs.trace(error))
+
+
+def _quota_headers(admission: Admission) -> dict[str, str]:
+    """What draft-ietf-httpapi-ratelimit-headers-10 lets a client know of its limits."""
+    quotas = (*admission.own, *admission.shared)
+    if (tightest := admission.tightest) is None:
+        return {}
+    left, reset = max(0, tightest.left), math.ceil(tightest.reset)
+    return {
+        "RateLimit-Policy": ", ".join(
+            f'"{quota.policy}";q={quota.rate.count};w={quota.rate.seconds}' for quota in quotas
+        ),
+        "RateLimit": f'"{tightest.policy}";r={left};t={reset}',
+    }
+
+
+def _budget_headers(error: BudgetExhausted, others: Mapping[str, str]) -> dict[str, str]:
+    """The same of a budget that is used up. How many dollars it is, is not a visitor's to know."""
+    policies = [others.get("RateLimit-Policy"), '"daily_budget";q=1;qu="budget";w=86400']
+    return {
+        "RateLimit-Policy": ", ".join(filter(None, policies)),
+        "RateLimit": f'"daily_budget";r=0;t={math.ceil(error.retry_after or 0)}',
+    }
 
 
 def _length(headers: HTTPHeaders) -> int:

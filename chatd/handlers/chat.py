@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatd.domain import Message, canonical_id
 from chatd.errors import (
+    BudgetExhausted,
     Fault,
     IdempotencyKeyReused,
+    IdentityRequired,
     InvalidApiKey,
     InvalidRequest,
     NotFound,
@@ -23,7 +25,7 @@ from chatd.errors import (
     TurnRefused,
 )
 from chatd.handlers.base import Operation, Route
-from chatd.handlers.streaming import IDEMPOTENCY_KEY, TurnHandler, outcome
+from chatd.handlers.streaming import IDEMPOTENCY_KEY, USER_TOKEN, TurnHandler, outcome
 
 _TURN_ERRORS = (
     NotFound,
@@ -31,6 +33,7 @@ _TURN_ERRORS = (
     TurnRefused,
     TurnInProgress,
     RateLimited,
+    BudgetExhausted,
     ProviderFailed,
     ProviderTimeout,
     StorageUnavailable,
@@ -70,7 +73,8 @@ class ChatHandler(TurnHandler):
         chatbot = await self.services.access.client(assistant_id, self.api_key(body))
         self.serve_chatbot(chatbot, check_origin=False)
         session_id = canonical_id(body["session_id"]) or ""
-        await self.say(session_id, new_messages(body["messages"]), body, label=body["type"])
+        messages = new_messages(body["messages"])
+        await self.say(session_id, messages, body, label=body["type"], own={"key": ""})
 
     async def say(
         self,
@@ -79,19 +83,25 @@ class ChatHandler(TurnHandler):
         body: dict[str, Any],
         *,
         label: str,
+        own: Mapping[str, str | None],
         private: bool = True,
     ) -> None:
-        """Runs a turn, and answers with its reply in the form that is asked for."""
+        """Runs a turn, and answers with its reply in the form that is asked for.
+
+        :param own: whom it counts against, as in `Limits.ask`.
+        """
         assert self.chatbot is not None
         stream = self.wants_events(body)
-        started = await self.services.turns.start(
-            self.chatbot,
-            session_id,
-            messages,
-            label=label,
-            stream=stream,
-            idempotency_key=self.idempotency_key(),
-        )
+        key = self.idempotency_key()
+        async with self.admitted("turns", **own):
+            started = await self.services.turns.start(
+                self.chatbot,
+                session_id,
+                messages,
+                label=label,
+                stream=stream,
+                idempotency_key=key,
+            )
         if stream:
             self.tell_replayed(started)
             await self.events(started.reply, private=private)
@@ -106,10 +116,10 @@ class WidgetChatHandler(ChatHandler):
     async def post(self) -> None:
         body = self.body()
         session_id = canonical_id(body["session_id"]) or ""
-        chatbot = await self.services.access.widget_session(session_id)
-        self.serve_chatbot(chatbot, check_origin=True)
+        session = await self.widget_session(session_id, body.get("user_token"))
         said = [Message("user", body["message"])]
-        await self.say(session_id, said, body, label="widget", private=False)
+        own = {"ip": self.client_address(), "session": session_id, "visitor": session.user_id}
+        await self.say(session_id, said, body, label="widget", private=False, own=own)
 
 
 ROUTES = [
@@ -143,8 +153,8 @@ ROUTES = [
                 request="widget_chat_request",
                 response="widget_chat_answer",
                 events=True,
-                parameters=(IDEMPOTENCY_KEY,),
-                errors=(OriginNotAllowed, *_TURN_ERRORS),
+                parameters=(IDEMPOTENCY_KEY, USER_TOKEN),
+                errors=(OriginNotAllowed, IdentityRequired, *_TURN_ERRORS),
             )
         },
         tag="Widget",

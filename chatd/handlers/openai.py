@@ -11,6 +11,7 @@ import orjson
 
 from chatd.domain import Chatbot, Message, Session, TurnStatus, Usage, canonical_id, new_id, text_of
 from chatd.errors import (
+    BudgetExhausted,
     Fault,
     IdempotencyKeyReused,
     InvalidApiKey,
@@ -156,15 +157,16 @@ class ChatCompletionsHandler(OpenAIHandler, TurnHandler):
         )
         self.services.turns.require(chatbot, extras)
         stream = self.wants_events(body)
-        started = await self.services.turns.start(
-            chatbot,
-            await self._session(chatbot, session_id, body.get("user"), metadata),
-            new,
-            label="openai",
-            stream=stream,
-            idempotency_key=None if session_id is None else key,
-            extras=extras,
-        )
+        async with self.admitted("turns", key=""):
+            started = await self.services.turns.start(
+                chatbot,
+                await self._session(chatbot, session_id, body.get("user"), metadata),
+                new,
+                label="openai",
+                stream=stream,
+                idempotency_key=None if session_id is None else key,
+                extras=extras,
+            )
         if stream:
             self.tell_replayed(started)
             options = body.get("stream_options") or {}
@@ -424,6 +426,7 @@ ROUTES = [
                     TurnRefused,
                     TurnInProgress,
                     RateLimited,
+                    BudgetExhausted,
                     ProviderFailed,
                     ProviderTimeout,
                     StorageUnavailable,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from chatd.domain import Session, canonical_id, new_id
 from chatd.errors import (
+    IdentityRequired,
     InvalidApiKey,
     InvalidRequest,
     NotFound,
     OriginNotAllowed,
+    RateLimited,
     RequestError,
     SessionRequired,
     StorageUnavailable,
 )
 from chatd.handlers.base import ApiHandler, Auth, Operation, Parameter, Route
-from chatd.handlers.streaming import TurnHandler
+from chatd.handlers.streaming import USER_TOKEN, TurnHandler
 
 
 class SessionHandler(ApiHandler):
@@ -46,8 +48,10 @@ class WidgetSessionHandler(ApiHandler):
         body = self.body()
         chatbot = await self.services.access.chatbot(canonical_id(body["chatbot_id"]) or "")
         self.serve_chatbot(chatbot, check_origin=True)
-        session = Session(id=new_id(), chatbot_id=chatbot.id, channel="widget")
-        await self.services.storage.create_session(session)
+        visitor = self.services.access.visitor(chatbot, body.get("user_token"))
+        session = Session(new_id(), chatbot.id, "widget", user_id=visitor)
+        async with self.admitted("sessions", ip=self.client_address(), visitor=visitor):
+            await self.services.storage.create_session(session)
         self.answer({"session_id": session.id})
 
 
@@ -134,13 +138,14 @@ _BEFORE = Parameter(
 def _operations(auth: Auth, *refused: type[RequestError]) -> tuple[Operation, Operation, Operation]:
     """Reading, erasing and following a session: the same for clients and for widgets."""
     errors = (*refused, NotFound, StorageUnavailable)
+    read = (USER_TOKEN,) if auth == "widget" else ()
     return (
         Operation(
             summary="What was said in a session",
             description="The newest page first, and within a page the oldest message first.",
             auth=auth,
             response="messages_page",
-            parameters=(_LIMIT, _BEFORE),
+            parameters=(_LIMIT, _BEFORE, *read),
             errors=(InvalidRequest, *errors),
         ),
         Operation(
@@ -148,6 +153,7 @@ def _operations(auth: Auth, *refused: type[RequestError]) -> tuple[Operation, Op
             description="Removes the session and everything said in it. A running turn is stopped.",
             auth=auth,
             nothing="Erased.",
+            parameters=read,
             errors=errors,
         ),
         Operation(
@@ -156,13 +162,16 @@ def _operations(auth: Auth, *refused: type[RequestError]) -> tuple[Operation, Op
             auth=auth,
             events=True,
             nothing="No turn runs.",
+            parameters=read,
             errors=errors,
         ),
     )
 
 
 _MESSAGES, _ERASE, _STREAM = _operations("api_key", InvalidApiKey)
-_OWN_MESSAGES, _ERASE_OWN, _OWN_STREAM = _operations("widget", SessionRequired, OriginNotAllowed)
+_OWN_MESSAGES, _ERASE_OWN, _OWN_STREAM = _operations(
+    "widget", SessionRequired, OriginNotAllowed, IdentityRequired
+)
 _SESSION = "/api/chat/session/{session_id}"
 
 ROUTES = [
@@ -193,7 +202,13 @@ ROUTES = [
                 auth="none",
                 request="widget_session_request",
                 response="session_answer",
-                errors=(OriginNotAllowed, NotFound, StorageUnavailable),
+                errors=(
+                    OriginNotAllowed,
+                    IdentityRequired,
+                    NotFound,
+                    RateLimited,
+                    StorageUnavailable,
+                ),
             ),
         },
         tag="Widget",

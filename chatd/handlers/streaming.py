@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import orjson
 from tornado.iostream import StreamClosedError
 
+from chatd.access import WidgetSession
 from chatd.domain import Chatbot, TurnStatus, Usage, canonical_id
 from chatd.errors import (
     InvalidRequest,
@@ -48,6 +49,13 @@ IDEMPOTENCY_KEY = Parameter(
     {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
     "Makes it safe to send the request again: the same key with the same body, in the same session, "
     "joins the running turn or replays its stored result.",
+)
+USER_TOKEN = Parameter(
+    "X-User-Token",
+    "header",
+    {"type": "string"},
+    "Who the visitor is, signed by the server of the site; where the chatbot requires it, and for "
+    "a session that was begun with one.",
 )
 LAST_EVENT_ID = Parameter(
     "Last-Event-ID",
@@ -274,7 +282,7 @@ class TurnHandler(ApiHandler):
     async def caller(self) -> tuple[Chatbot, str | None]:
         """Whose turns these are: a chatbot's, by its key; for a widget those of its own session.
 
-        Raises `InvalidApiKey`; for a widget `SessionRequired`, `NotFound` or `OriginNotAllowed`.
+        Raises `InvalidApiKey`; for a widget `SessionRequired`, and what `widget_session` does.
         """
         access = self.services.access
         if self.private:
@@ -283,8 +291,20 @@ class TurnHandler(ApiHandler):
         if (token := self.bearer()) is None:
             raise SessionRequired
         session_id = canonical_id(token) or ""
-        chatbot = await access.widget_session(session_id)
-        return self.serve_chatbot(chatbot, check_origin=True), session_id
+        return (await self.widget_session(session_id)).chatbot, session_id
+
+    async def widget_session(self, session_id: str, user_token: str | None = None) -> WidgetSession:
+        """A widget's session, whose visitor it is that asks.
+
+        Raises `NotFound`, `OriginNotAllowed` or `IdentityRequired`.
+
+        :param user_token: else the header `X-User-Token` counts.
+        """
+        access = self.services.access
+        session = await access.widget_session(session_id)
+        self.serve_chatbot(session.chatbot, check_origin=True)
+        access.require_visitor(session, user_token or self.request.headers.get(USER_TOKEN.name))
+        return session
 
     async def caller_in(self, session_id: str | None) -> tuple[Chatbot, str]:
         """Whose session this is, and the session: the path's, or a widget's own."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from chatd.domain import TurnStatus, canonical_id
 from chatd.errors import (
+    IdentityRequired,
     InvalidApiKey,
     NotFound,
     OriginNotAllowed,
@@ -14,7 +15,7 @@ from chatd.errors import (
     StorageUnavailable,
 )
 from chatd.handlers.base import JSON, Auth, Operation, Route
-from chatd.handlers.streaming import LAST_EVENT_ID, TurnHandler, told_usage
+from chatd.handlers.streaming import LAST_EVENT_ID, USER_TOKEN, TurnHandler, told_usage
 from chatd.reply import TurnResult
 from chatd.storage import TurnRecord
 
@@ -110,11 +111,13 @@ def shown(record: TurnRecord, *, private: bool) -> dict[str, Any]:
 def _routes(prefix: str, tag: str, auth: Auth, *refused: type[RequestError]) -> list[Route]:
     """The same endpoints for clients, who have a key, and for widgets, which have a session."""
     errors = (*refused, NotFound, StorageUnavailable)
+    read = (USER_TOKEN,) if auth == "widget" else ()
     turn = Operation(
         summary="What became of a turn",
         description="Its state, and its reply once it has ended.",
         auth=auth,
         response="turn",
+        parameters=read,
         errors=errors,
     )
     events = Operation(
@@ -124,7 +127,7 @@ def _routes(prefix: str, tag: str, auth: Auth, *refused: type[RequestError]) -> 
         "server was started again.",
         auth=auth,
         events=True,
-        parameters=(LAST_EVENT_ID,),
+        parameters=(LAST_EVENT_ID, *read),
         errors=errors,
     )
     stop = Operation(
@@ -133,6 +136,7 @@ def _routes(prefix: str, tag: str, auth: Auth, *refused: type[RequestError]) -> 
         "another process runs the turn, which ends it within ten seconds.",
         auth=auth,
         response="stopped_turn",
+        parameters=read,
         errors=errors,
     )
     feedback = Operation(
@@ -141,6 +145,7 @@ def _routes(prefix: str, tag: str, auth: Auth, *refused: type[RequestError]) -> 
         auth=auth,
         request="feedback",
         response="feedback_answer",
+        parameters=read,
         errors=errors,
     )
     path = f"{prefix}/turns/{{turn_id}}"
@@ -154,5 +159,7 @@ def _routes(prefix: str, tag: str, auth: Auth, *refused: type[RequestError]) -> 
 
 ROUTES = [
     *_routes("/api/chat", "REST", "api_key", InvalidApiKey),
-    *_routes("/api/chat/widget", "Widget", "widget", SessionRequired, OriginNotAllowed),
+    *_routes(
+        "/api/chat/widget", "Widget", "widget", SessionRequired, OriginNotAllowed, IdentityRequired
+    ),
 ]

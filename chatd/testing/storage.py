@@ -113,7 +113,15 @@ class StorageConformance:
 
     async def test_a_chatbot_is_read_back_as_it_was_added(self, storage: Storage) -> None:
         settings = ChatbotSettings(
-            "Be kind. 💬", 4000, 300, 0.5, allowed_origins=("https://a.example",)
+            "Be kind. 💬",
+            4000,
+            300,
+            0.5,
+            allowed_origins=("https://a.example", "https://*.b.example"),
+            suggestions=("Why?", "¿Cómo?"),
+            identity_secrets=("a secret of the site",),
+            limits={"turns_per_ip": "5/minute, 50/hour"},
+            daily_budget_usd=2.5,
         )
         chatbot = a_chatbot(name="Zoë", settings=settings)
         await storage.add_chatbot(chatbot)
