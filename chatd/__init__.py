@@ -35,6 +35,7 @@ from chatd.offers import (
     StorageRegister,
 )
 from chatd.provider import (
+    MAX_TOOL_CALLS,
     Event,
     Finish,
     FinishReason,
@@ -72,6 +73,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MAX_EVENT_BYTES",
+    "MAX_TOOL_CALLS",
     "MESSAGE_OVERHEAD_CHARS",
     "PART_CHARS",
     "PART_MESSAGE_CHARS",

@@ -76,9 +76,18 @@ class Breaker:
         self._probing = self._opened is not None
         return Ticket(self, tries=self._probing)
 
+    def _take_back(self, bucket: int) -> None:
+        """Counts one no more that had gone well."""
+        if bucket in self._counts:
+            self._counts[bucket][0] = max(0, self._counts[bucket][0] - 1)
+
+    @property
+    def _bucket(self) -> int:
+        return int(self._clock() / self._step)
+
     def _tally(self, which: int) -> tuple[int, int]:
         """Counts one that went well (0) or failed (1), and says how many did in the window."""
-        now = int(self._clock() / self._step)
+        now = self._bucket
         for old in [step for step in self._counts if step <= now - BUCKETS]:
             del self._counts[old]
         self._counts.setdefault(now, [0, 0])[which] += 1
@@ -117,27 +126,34 @@ class Ticket:
     :param tries: whether the breaker waits for this one to know whether to close.
     """
 
-    __slots__ = ("_breaker", "_told", "_tries")
+    __slots__ = ("_breaker", "_bucket", "_told", "_tries")
 
     def __init__(self, breaker: Breaker, *, tries: bool) -> None:
         self._breaker = breaker
         self._tries = tries
         self._told = False
+        self._bucket: int | None = None
 
     def succeeded(self) -> bool:
         """The provider answers; True when that closes the breaker."""
         if self._told:
             return False
         self._told = True
-        return self._breaker._succeeded(self._tries)
+        closes = self._breaker._succeeded(self._tries)
+        self._bucket = self._breaker._bucket
+        return closes
 
     def failed(self) -> bool:
         """It failed in a way that says something of the provider; True when that opens the breaker.
 
-        An answer that broke off after it had begun is told of by `succeeded` and then by this.
+        An answer that broke off after it had begun is told of by `succeeded` and then by this, and
+        counts as failed alone.
         """
         tries = self._tries and not self._told
         self._told = True
+        if self._bucket is not None:
+            self._breaker._take_back(self._bucket)
+            self._bucket = None
         return self._breaker._failed(tries)
 
     def dropped(self) -> None:

@@ -69,9 +69,15 @@ class Reply:
 
     A place in it is a number of characters, so it means the same whether the reply is read while
     it comes, afterwards, or from storage. `run` tells runs of one turn apart.
+
+    :param is_known: whether what was said so far is all here; what another process says is not,
+        before its end.
     """
 
-    def __init__(self, turn_id: str, session_id: str, run: int = 1) -> None:
+    def __init__(
+        self, turn_id: str, session_id: str, run: int = 1, *, is_known: bool = True
+    ) -> None:
+        self.is_known = is_known
         self.turn_id = turn_id
         self.session_id = session_id
         self.run = run

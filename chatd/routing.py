@@ -30,6 +30,7 @@ from chatd.provider import (
     Retries,
     TextDelta,
     Timeouts,
+    ToolCallDelta,
     UsageReport,
     checked,
     needs,
@@ -51,6 +52,9 @@ _OF_THE_REQUEST = {*_SAME_EVERYWHERE, _Kind.INVALID_REQUEST}
 
 MAX_PAIRS = 1000
 """Providers with a model of which something is known; the oldest is forgotten first."""
+
+_CHARGED = {_Kind.TIMEOUT, _Kind.INCOMPLETE, _Kind.EMPTY}
+"""Failures of an answer that a model was paid for, as far as can be told."""
 
 CLOSE_SECONDS = 1.0
 """How long a provider may take to let go of an answer that is over."""
@@ -145,6 +149,16 @@ class Attempt:
         self.error = kind
         self.reached_model = self.reached_model or reached_model
 
+    @property
+    def may_have_cost(self) -> bool:
+        """Whether a model worked on it, and what that cost is not known.
+
+        Services do not charge for what they refuse or fail at, but for what is hung up on.
+        """
+        if self.usage is not None and self.usage.cost_usd is not None:
+            return False
+        return self.lost or self.error is None or (self.reached_model and self.error in _CHARGED)
+
     def priced(self, usage: Usage) -> Usage:
         """`usage` with its cost, where only the configuration knows the price."""
         return priced(usage, (self.answered_by, self.model), self.prices)
@@ -183,16 +197,73 @@ class Trail:
 
     @property
     def usage(self) -> Usage | None:
-        """What all attempts took together; `None` when no provider told of any."""
+        """What all attempts took together; `None` when no provider told of any.
+
+        The cost is unknown while one that may have cost something has none.
+        """
         reports = [attempt.usage for attempt in self.attempts if attempt.usage is not None]
-        if len(reports) < 2:
-            return reports[0] if reports else None
-        return Usage(*(_sum(getattr(r, f.name) for r in reports) for f in fields(Usage)))
+        if not reports:
+            return None
+        total = Usage(*(_sum(getattr(r, f.name) for r in reports) for f in fields(Usage)))
+        if any(attempt.may_have_cost for attempt in self.attempts):
+            return replace(total, cost_usd=None)
+        return total
 
 
 def _sum(values: Iterable[Any]) -> Any:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
+
+
+class _Course:
+    """The attempts of one side of a race, or of all of it; each is the trail's as well."""
+
+    def __init__(self, trail: Trail, outer: _Course | None = None) -> None:
+        self._trail = trail
+        self._outer = outer
+        self.attempts: list[Attempt] = []
+        self.answering: Attempt | None = None
+
+    def add(self, attempt: Attempt) -> None:
+        """Takes an attempt that begins."""
+        self._trail.attempts.append(attempt)
+        course: _Course | None = self
+        while course is not None:
+            course.attempts.append(attempt)
+            course = course._outer
+        self.answers(attempt)
+
+    def answers(self, attempt: Attempt | None) -> None:
+        """Takes note of who answers, or was asked last."""
+        if attempt is None:
+            return
+        self._trail.answering = attempt
+        course: _Course | None = self
+        while course is not None:
+            course.answering = attempt
+            course = course._outer
+
+    def lose(self) -> None:
+        """Records of all that go on that another was quicker."""
+        for attempt in self.attempts:
+            if attempt.ticket is not None:
+                attempt.lose()
+
+
+@dataclass(slots=True)
+class _Run:
+    """A request on its way; `request` changes when it turns out to be too long."""
+
+    request: ProviderRequest
+    trail: Trail
+    hedge: bool
+
+
+@dataclass(slots=True)
+class _Race:
+    """Whether the second side of a race was asked, and with it all of the chain."""
+
+    is_joined: bool = False
 
 
 @dataclass(slots=True)
@@ -263,36 +334,140 @@ class Router:
             )
         chain, trail.side = _split(chain, request)
         chain = self._without_dead(chain, request.model)
-        said, failure = False, None
+        run = _Run(request, trail, hedge=self.rule(request.model).hedge)
+        async with aclosing(self._through(run, chain, _Course(trail))) as events:
+            async for event in events:
+                yield event
+
+    async def _through(
+        self, run: _Run, chain: Sequence[Target], course: _Course, *, asked: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """The events of the first in the chain that answers. Raises the last failure.
+
+        :param asked: whether somebody before the chain was asked already.
+        """
+        failure: ProviderError | None = None
         for place, target in enumerate(chain):
-            others, count = chain[place + 1 :], 0
-            while (ticket := self._ticket(target, request.model, failure, others)) is not None:
-                count += 1
-                try:
-                    asked = self._ask(request, trail, target, ticket, others)
-                    async with aclosing(asked) as events:
-                        async for event in events:
-                            if not said and isinstance(event, VISIBLE):
-                                said = True
-                            yield event
-                    return
-                except ProviderError as error:
-                    failure = error
-                if said:
-                    raise failure
-                if (shorter := _shorter(request.messages, trail, failure)) is not None:
-                    trail.shortened = True
-                    request = replace(request, messages=shorter)
-                    continue
-                if failure.kind in _SAME_EVERYWHERE:
-                    raise failure
-                able = any(self._pair(other, request.model).breaker.lets for other in others)
-                pause = _pause(target.retries, failure, count, able, trail.deadline)
+            others = chain[place + 1 :]
+            ticket = self._ticket(run, target, others, asked=asked or failure is not None)
+            if ticket is None:
+                continue
+            said, race = False, _Race()
+            late = self._late_after(run, target, others)
+            if late is None:
+                lane = self._lane(run, target, others, ticket, course)
+            else:
+                lane = self._raced(run, target, others, ticket, course, late, race)
+            try:
+                async with aclosing(lane) as events:
+                    async for event in events:
+                        if not said and isinstance(event, VISIBLE):
+                            said = True
+                        yield event
+                return
+            except ProviderError as error:
+                failure = error
+            if said or race.is_joined or failure.kind in _SAME_EVERYWHERE:
+                break
+        raise failure or ProviderError(_Kind.OVERLOADED, "all of the chain are left alone")
+
+    async def _lane(
+        self,
+        run: _Run,
+        target: Target,
+        others: Sequence[Target],
+        ticket: Ticket | None,
+        course: _Course,
+    ) -> AsyncGenerator[Event, None]:
+        """The events of one provider, asked again where that may help. Raises its last failure."""
+        count, said = 0, False
+        while True:
+            assert ticket is not None
+            count += 1
+            attempt = Attempt(
+                target.name, target.model or run.request.model, prices=target.prices, ticket=ticket
+            )
+            course.add(attempt)
+            try:
+                asked = self._events(run, target, attempt, ticket, last=not others)
+                async with aclosing(asked) as events:
+                    async for event in events:
+                        if not said and isinstance(event, VISIBLE):
+                            said = True
+                        yield event
+                return
+            except ProviderError as error:
+                failure = error
+            if said:
+                raise failure
+            if (shorter := _shorter(run.request.messages, run.trail, failure)) is not None:
+                run.trail.shortened = True
+                run.request = replace(run.request, messages=shorter)
+            elif failure.kind in _SAME_EVERYWHERE:
+                raise failure
+            else:
+                able = any(self._breaker(run, other).lets for other in others)
+                pause = _pause(target.retries, failure, count, able, run.trail.deadline)
                 if pause is None:
-                    break
+                    raise failure
                 await asyncio.sleep(pause)
-        assert failure is not None
-        raise failure
+            if (ticket := self._breaker(run, target).ask()) is None:
+                raise failure
+
+    async def _raced(
+        self,
+        run: _Run,
+        target: Target,
+        others: Sequence[Target],
+        ticket: Ticket,
+        course: _Course,
+        late: float,
+        race: _Race,
+    ) -> AsyncGenerator[Event, None]:
+        """The events of who says something first: one provider, or once it is late all the others.
+
+        Each side is asked again and goes on by its own rules.
+        """
+        first, second = _Course(run.trail, course), _Course(run.trail, course)
+        racers = [Racer(first, self._lane(run, target, others, ticket, first))]
+        try:
+            await asyncio.wait([racers[0].begun], timeout=late)
+            able = any(self._breaker(run, other).lets for other in others)
+            if able and not racers[0].begun.done():
+                race.is_joined = True
+                racers.append(Racer(second, self._through(run, others, second, asked=True)))
+            winner = await first_to_begin(racers)
+            course.answers(winner.attempt.answering)
+            if winner.attempt is second and winner.begun.result():
+                self._was_late(run, target, first)
+            for racer in racers:
+                if racer is not winner:
+                    racer.lose()
+            async for event in winner.events():
+                yield event
+        finally:
+            for racer in racers:
+                racer.cancel()
+            # So that what is stored of the attempts says how they ended.
+            await asyncio.wait([racer.task for racer in racers], timeout=HANG_UP_SECONDS)
+
+    def _late_after(self, run: _Run, target: Target, others: Sequence[Target]) -> float | None:
+        """Seconds after which the others are asked as well; None where they are not."""
+        if not (run.hedge and others):
+            return None
+        return self._pair(target, run.request.model).late_after(stream=run.request.stream)
+
+    def _was_late(self, run: _Run, target: Target, course: _Course) -> None:
+        """Lets it count that somebody who began later was quicker: one that hangs is left alone."""
+        pair = self._pair(target, run.request.model)
+        for attempt in course.attempts:
+            if attempt.ticket is not None:
+                pair.first_tokens[run.request.stream].append(time.monotonic() - attempt.began)
+                if attempt.ticket.failed():
+                    _tell_open(target, attempt)
+
+    def _breaker(self, run: _Run, target: Target) -> Breaker:
+        return self._pair(target, run.request.model).breaker
 
     def _pair(self, target: Target, model: str) -> _Pair:
         key = (target.name, target.model or model)
@@ -310,78 +485,15 @@ class Router:
         return (min(zip(breakers, chain, strict=True), key=lambda pair: pair[0].failed_at)[1],)
 
     def _ticket(
-        self, target: Target, model: str, failure: ProviderError | None, others: Sequence[Target]
+        self, run: _Run, target: Target, others: Sequence[Target], *, asked: bool
     ) -> Ticket | None:
         """Leave to ask a target; also one that is left alone, when nobody was asked or will be."""
-        breaker = self._pair(target, model).breaker
-        return breaker.ask() or (None if failure or others else breaker.force())
-
-    def _ask(
-        self,
-        request: ProviderRequest,
-        trail: Trail,
-        target: Target,
-        ticket: Ticket,
-        others: Sequence[Target],
-    ) -> AsyncGenerator[Event, None]:
-        """One attempt, or two that race where hedging is on and it is known what is late."""
-        attempt = self._attempt(target, request, trail, ticket)
-        asked = self._events(request, trail, target, attempt, ticket, last=not others)
-        if others and self.rule(request.model).hedge:
-            late = self._pair(target, request.model).late_after(stream=request.stream)
-            if late is not None:
-                return self._raced(request, trail, (attempt, asked), others, late)
-        return asked
-
-    def _attempt(
-        self, target: Target, request: ProviderRequest, trail: Trail, ticket: Ticket
-    ) -> Attempt:
-        model = target.model or request.model
-        attempt = Attempt(target.name, model, prices=target.prices, ticket=ticket)
-        trail.attempts.append(attempt)
-        trail.answering = attempt
-        return attempt
-
-    async def _raced(
-        self,
-        request: ProviderRequest,
-        trail: Trail,
-        first: tuple[Attempt, AsyncGenerator[Event, None]],
-        others: Sequence[Target],
-        late: float,
-    ) -> AsyncGenerator[Event, None]:
-        """The events of who says something first: the one asked, or once it is late the next."""
-        racers = [Racer(*first)]
-        try:
-            await asyncio.wait([racers[0].begun], timeout=late)
-            if not racers[0].begun.done():
-                for target in others:
-                    pair = self._pair(target, request.model)
-                    if (ticket := pair.breaker.ask()) is not None:
-                        attempt = self._attempt(target, request, trail, ticket)
-                        asked = self._events(request, trail, target, attempt, ticket, last=True)
-                        racers.append(Racer(attempt, asked))
-                        break
-            winner = await first_to_begin(racers)
-            if not winner.begun.result():
-                # Whether the first is asked again depends on its own failure.
-                winner = racers[0]
-            trail.answering = winner.attempt
-            for racer in racers:
-                if racer is not winner:
-                    racer.lose()
-            async for event in winner.events():
-                yield event
-        finally:
-            for racer in racers:
-                racer.cancel()
-            # So that what is stored of the attempts says how they ended.
-            await asyncio.wait([racer.task for racer in racers], timeout=HANG_UP_SECONDS)
+        breaker = self._breaker(run, target)
+        return breaker.ask() or (None if asked or others else breaker.force())
 
     async def _events(
         self,
-        request: ProviderRequest,
-        trail: Trail,
+        run: _Run,
         target: Target,
         attempt: Attempt,
         ticket: Ticket,
@@ -389,10 +501,10 @@ class Router:
         last: bool,
     ) -> AsyncGenerator[Event, None]:
         """One attempt, held to the contract: text, one end, in time, no foreign exception."""
-        timeouts = target.timeouts
+        request, timeouts = run.request, target.timeouts
         # A plain answer comes whole, within the turn's deadline; the next in the chain needs some.
         limit = timeouts.first_token if request.stream or not last else math.inf
-        said, events = False, None
+        said, events, tools = False, None, bool(needs((), request.parameters))
         watchdog = Watchdog()
         due = watchdog.in_seconds(limit)
         try:
@@ -403,13 +515,16 @@ class Router:
             while True:
                 event = checked(await anext(events))
                 attempt.reached_model = True
+                is_nothing = _is_nothing(event, tools)
                 if not isinstance(event, VISIBLE):
                     _note(target, attempt, event, said)
-                elif not said and not _is_empty(event):
+                elif not said and not is_nothing:
                     said = True
                     self._began(target, attempt, ticket, stream=request.stream)
+                    # Nobody else may answer now, so a plain answer has what is left of the turn.
+                    due = due if request.stream else math.inf
                 watchdog.rest()
-                if not _is_empty(event):
+                if not is_nothing:
                     yield event
                     if isinstance(event, Finish):
                         return
@@ -418,7 +533,7 @@ class Router:
                 watchdog.watch(due)
         except BaseException as raised:
             failure = _understood(target, raised, watchdog)
-            if isinstance(failure, asyncio.CancelledError) and watchdog.is_past(trail.deadline):
+            if isinstance(failure, asyncio.CancelledError) and watchdog.is_past(run.trail.deadline):
                 late = ProviderError(_Kind.TIMEOUT, "the turn's deadline", reached_model=True)
                 self._failed(target, attempt, ticket, late)
             if isinstance(failure, ProviderError):
@@ -451,12 +566,16 @@ class Router:
             error.detail,
         )
         if error.kind not in _OF_THE_REQUEST and ticket.failed():
-            log.error(
-                "provider %s fails too often for model %s: it is left alone for %g s",
-                target.name,
-                attempt.model,
-                target.breaker.open_seconds,
-            )
+            _tell_open(target, attempt)
+
+
+def _tell_open(target: Target, attempt: Attempt) -> None:
+    log.error(
+        "provider %s fails too often for model %s: it is left alone for %g s",
+        target.name,
+        attempt.model,
+        target.breaker.open_seconds,
+    )
 
 
 def _split(
@@ -499,7 +618,10 @@ def _pause(
     return pause if pause < left else None
 
 
-def _is_empty(event: Event) -> bool:
+def _is_nothing(event: Event, tools: bool) -> bool:
+    """Whether an event says nothing: without text, or the call of a tool that nobody gave."""
+    if isinstance(event, ToolCallDelta):
+        return not tools
     return isinstance(event, (TextDelta, ReasoningDelta)) and not event.text
 
 

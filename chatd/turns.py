@@ -292,7 +292,8 @@ class Turns:
             return Reply.of(record)
         if (reply := self._elsewhere.get(record.id)) is not None and reply.run == record.run:
             return reply
-        reply = self._elsewhere[record.id] = Reply(record.id, record.session_id, record.run)
+        reply = Reply(record.id, record.session_id, record.run, is_known=False)
+        self._elsewhere[record.id] = reply
         self._behind(self._look(reply, chatbot_id))
         return reply
 

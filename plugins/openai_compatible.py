@@ -122,8 +122,13 @@ def _tool_call(call: dict[str, Any], place: int) -> chatd.ToolCallDelta:
     index, function = call.get("index"), call.get("function")
     told = function if isinstance(function, dict) else {}
     id, name, arguments = call.get("id"), told.get("name"), told.get("arguments")
+    index = index if isinstance(index, int) else place
+    if not 0 <= index < chatd.MAX_TOOL_CALLS:
+        raise chatd.ProviderError(
+            chatd.ProviderErrorKind.PROTOCOL, "a tool call without a place", reached_model=True
+        )
     return chatd.ToolCallDelta(
-        index if isinstance(index, int) else place,
+        index,
         id if isinstance(id, str) and id else None,
         name if isinstance(name, str) and name else None,
         # Some servers send the arguments themselves instead of their JSON text.

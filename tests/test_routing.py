@@ -469,6 +469,17 @@ def test_a_share_of_failures_below_the_set_one_opens_nothing() -> None:
     assert breaker.state is BreakerState.OPEN
 
 
+def test_an_answer_that_breaks_off_counts_as_failed_and_once() -> None:
+    breaker = Breaker(BreakerSettings(share=1.0, requests=4), Clock())
+    for count in range(4):
+        assert breaker.state is BreakerState.CLOSED, count
+        ticket = breaker.ask()
+        assert ticket is not None
+        ticket.succeeded()
+        ticket.failed()
+    assert breaker.state is BreakerState.OPEN
+
+
 def test_a_try_that_is_dropped_lets_another_one_try() -> None:
     clock = Clock()
     breaker = Breaker(BreakerSettings(requests=1, open_seconds=5), clock)
@@ -599,7 +610,13 @@ async def test_when_one_of_two_fails_the_other_is_waited_for(
     first.always(Pause(0.4), http_response(500, b""))
     second.always(Pause(0.8), answer("From the second."))
     assert (await here.say()).json["response"] == "From the second."
-    assert [error for _, _, error in await here.asked()] == ["overloaded", None]
+    # The first was asked again meanwhile, and hung up on.
+    told = [(a["provider"], a["error"], a.get("lost", False)) for a in (await here.turn()).attempts]
+    assert told == [
+        ("first", "overloaded", False),
+        ("second", None, False),
+        ("first", None, True),
+    ]
 
 
 async def test_one_that_fails_in_a_race_is_not_taken_for_the_one_that_answers(
@@ -610,8 +627,79 @@ async def test_one_that_fails_in_a_race_is_not_taken_for_the_one_that_answers(
     first.always(Pause(0.8), answer("Late but good."))
     second.always(http_response(500, b""))
     assert (await here.say()).json["response"] == "Late but good."
-    assert [error for _, _, error in await here.asked()] == [None, "overloaded"]
+    assert [error for _, _, error in await here.asked()] == [None, *["overloaded"] * 3]
+    assert len(second.requests) == 3
     assert (await here.turn()).provider == "first"
+
+
+async def test_in_a_race_one_that_fails_is_asked_again_while_the_other_hangs(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    here = await chat(CHAIN, hedge=True)
+    await warmed(here, first)
+    first.answer(Pause(0.3), http_response(503, b""))
+    first.always(answer("At the second try."))
+    second.always(Hold())
+    assert (await here.say()).json["response"] == "At the second try."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_rest_of_the_chain_is_asked_when_both_of_a_race_hang(
+    chat: Open, first: FakeProvider, second: FakeProvider, stream: bool
+) -> None:
+    impatient = "timeouts: {first_token: 0.5}"
+    ask = f"{CHAIN}, {{provider: first, model: third}}"
+    here = await chat(ask, hedge=True, settings=impatient, other=impatient)
+    await warmed(here, first, stream=stream)
+    first.answer(Hold())
+    second.always(Hold())
+    first.always(SSE_HEAD, said("From the third."), END)
+    assert b"From the third." in (await here.say(stream=stream)).body
+    assert len(second.requests) == 1
+
+
+async def test_one_that_hangs_in_races_is_left_alone(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    here = await chat(CHAIN, hedge=True, settings="breaker: {requests: 24, share: 0.1}")
+    await warmed(here, first)
+    first.always(Hold())
+    second.always(answer("From the second."))
+    for _ in range(6):
+        assert (await here.say()).json["response"] == "From the second."
+    assert here.served.runtime.router.states()[("first", MODEL)] is BreakerState.OPEN
+    assert len(first.requests) == 24
+
+
+async def test_a_plain_answer_that_has_begun_has_what_is_left_of_the_turn(
+    chat: Open, first: FakeProvider
+) -> None:
+    pieces = [step for word in ["slow", "but", "whole"] for step in (said(word), Pause(0.3))]
+    first.always(SSE_HEAD, *pieces, END)
+    here = await chat(CHAIN, settings="timeouts: {first_token: 0.4}")
+    assert (await here.say()).json["response"] == "slowbutwhole"
+
+
+async def test_a_tool_that_nobody_gave_is_no_answer(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    call = {"index": 0, "id": "x", "function": {"name": "f", "arguments": "{}"}}
+    first.always(SSE_HEAD, sse({"choices": [{"delta": {"tool_calls": [call]}}]}), END)
+    second.always(answer("From the second."))
+    here = await chat(CHAIN)
+    assert (await here.say()).json["response"] == "From the second."
+    assert [error for _, _, error in await here.asked()] == [*["empty"] * 3, None]
+
+
+async def test_a_tool_with_an_index_that_is_none_is_the_services_failure(
+    chat: Open, first: FakeProvider, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = {"index": 9999, "id": "x", "function": {"name": "f", "arguments": "{}"}}
+    first.always(SSE_HEAD, sse({"choices": [{"delta": {"tool_calls": [call]}}]}), END)
+    here = await chat()
+    assert (await here.say()).json["code"] == "provider_failed"
+    assert [error for _, _, error in await here.asked()] == ["protocol"] * 3
+    assert "raised" not in caplog.text
 
 
 async def test_who_refused_in_a_race_is_not_asked_again_although_the_other_failed_later(
@@ -684,6 +772,18 @@ async def test_the_price_table_gives_the_cost_that_a_provider_does_not_tell(
     # 1,000 tokens at 2 and 100 at 10 USD a million; then what the provider says; then the price
     # of the model that was asked for; and unknown while a count is.
     assert costs == [pytest.approx(0.003), 0.5, pytest.approx(0.003), None]
+
+
+async def test_the_cost_is_unknown_while_that_of_one_attempt_is(
+    chat: Open, first: FakeProvider, second: FakeProvider
+) -> None:
+    here = await chat(CHAIN, settings="timeouts: {first_token: 0.2}")
+    second.always(answer("From the second.", usage={**COUNTED, "cost": 0.5}))
+    # What the first one did in its time is not known, what it refuses costs nothing.
+    first.answer(Hold())
+    assert (await here.say()).json["usage"]["cost_usd"] is None
+    first.always(http_response(503, b""))
+    assert (await here.say()).json["usage"]["cost_usd"] == 0.5
 
 
 async def test_without_a_price_the_cost_is_unknown_and_never_0(

@@ -370,6 +370,19 @@ async def test_an_id_that_no_event_has_is_taken_for_none(serve: Serve, bad: int)
     assert await talk.events(turn_id, bad) == events
 
 
+@pytest.mark.parametrize("bad", [3, 4 * 1 + 1, 4 * 2 + 3, 4 * 1000, 4 * 1000 + 1])
+async def test_an_id_that_no_event_has_yet_is_taken_for_none_while_the_turn_runs(
+    serve: Serve, bad: int
+) -> None:
+    talk = await Talk.open(await serve(SLOW_CONFIG))
+    async with talk.say() as answer:
+        seen = await read_some(answer, 2)
+        turn_id = seen[0][1]["messageMetadata"]["turn_id"]
+        rest = await talk.events(turn_id, bad)
+    assert types(rest)[0] == "start" and types(rest)[-2:] == ["finish", "[DONE]"]
+    assert said(rest) == said(await talk.events(turn_id, 0))
+
+
 async def test_a_client_of_http_1_0_sees_the_end_of_a_stream(serve: Serve) -> None:
     talk = await Talk.open(await serve(ECHO_CONFIG))
     async with talk.say(stream=False) as answer:
@@ -635,14 +648,15 @@ async def test_a_turn_tells_its_side_and_its_attempts_and_nothing_that_a_provide
     async with talk.say(stream=False) as answer:
         told = await talk.turn((await answer.json())["turn_id"])
     (attempt,) = told["attempts"]
-    assert (attempt.keys(), attempt["error"]) == ({"provider", "model", "error", "ms"}, None)
+    assert attempt.keys() == {"provider", "model", "error", "ms", "lost"}
+    assert (attempt["error"], attempt["lost"]) == (None, False)
     assert told["side"] is None
     storage = talk.served.runtime.services.storage
     session = await storage.get_session(talk.session)
     assert session is not None
     turn = a_turn(session)
     await storage.begin_turn(turn)
-    known = [{"provider": "p", "model": "m", "error": "overloaded", "ms": 7}]
+    known = [{"provider": "p", "model": "m", "error": "overloaded", "ms": 7, "lost": True}]
     attempts = [{**known[0], "detail": "a provider's words", "tool_calls": [{"id": "call"}]}]
     usage = Usage(1, 2, 3, 4, 0.5)
     failed = FinishTurn(turn.turn_id, TurnStatus.FAILED, usage=usage, attempts=attempts)

@@ -375,7 +375,8 @@ def _typed(name: str, value: Any) -> Any:
     if name == "system_prompt":
         return _text("--system-prompt", value) or None
     if name == "provider_options" and value != "default":
-        return _json("--provider-options", _text("--provider-options", value)) or None
+        options = _json("--provider-options", _text("--provider-options", value))
+        return None if options == {} else options
     if name == "greeting":
         return _storable(name, value) or None
     if name in ("allow_tools", "allow_images", "require_identity"):

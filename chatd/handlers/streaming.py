@@ -101,8 +101,13 @@ class UIMessageStream:
         self._request_id = request_id
         self._base = (reply.run - 1) * RUN_STRIDE
         after -= self._base
-        if not (0 < after < RUN_STRIDE and _is_of(after, reply)):
-            after = 0
+        self._after = after if 0 < after < RUN_STRIDE and _is_of(after, reply) else 0
+        # What another process said is known at its end, and only then whether the id is of it.
+        self._is_unsure = reply.result is None and not reply.is_known
+        self._go_on(self._after)
+
+    def _go_on(self, after: int) -> None:
+        """Goes on after an event of this run; from the start after 0."""
         self._place, event = divmod(after, 4)
         self._began = after >= 1
         self._text_began = after >= 2 and after != 3
@@ -111,6 +116,10 @@ class UIMessageStream:
 
     def advance(self) -> bytes:
         reply, events = self._reply, []
+        if self._is_unsure and reply.result is not None:
+            self._is_unsure = False
+            if self._after and not _is_of(self._after, reply):
+                self._go_on(0)
         if not self._began:
             self._began = True
             events.append(b":\n\n")
@@ -157,10 +166,12 @@ class UIMessageStream:
 
 def _is_of(event: int, reply: Reply) -> bool:
     """Whether a reader of this run may have this event, as far as can be told."""
+    place, kind = divmod(event, 4)
+    if reply.result is None and reply.is_known:
+        return (kind == 0 or event in (1, 2)) and place <= reply.length
     if reply.result is None or reply.result.error is not None:
         # Words that were streamed may have been lost with their process.
         return True
-    place, kind = divmod(event, 4)
     if kind == 0 or event in (1, 2):
         return place <= reply.length
     return place == reply.length and kind != 2

@@ -102,7 +102,10 @@ def shown(record: TurnRecord, *, private: bool) -> dict[str, Any]:
         told["usage"] = told_usage(record.usage)
         told["side"] = record.side
         told["attempts"] = [
-            {name: attempt.get(name) for name in ("provider", "model", "error", "ms")}
+            {
+                **{name: attempt.get(name) for name in ("provider", "model", "error", "ms")},
+                "lost": bool(attempt.get("lost")),
+            }
             for attempt in record.attempts
         ]
     return told
