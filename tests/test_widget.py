@@ -956,3 +956,46 @@ def test_the_demo_loads_nothing_from_elsewhere_and_keeps_nobody_out(
         page.evaluate(AXE.read_text())
         found = page.evaluate("axe.run(document)")
         assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in found["violations"]] == []
+
+
+# What it costs
+
+
+def test_before_the_first_click_a_page_loads_the_script_and_what_the_chatbot_looks_like(
+    bots: Bots, site: Site, watched: Watched
+) -> None:
+    page = watched.page
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Network.enable")
+    sizes: list[float] = []
+    devtools.on("Network.loadingFinished", lambda event: sizes.append(event["encodedDataLength"]))
+    page.goto(site.put("/costs", page_with(bots.url, bots.fast)))
+    chat = Chat(page)
+    expect(chat.launcher).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    of_chatd = [url.removeprefix(bots.url) for url in watched.asked if url.startswith(bots.url)]
+    assert of_chatd == ["/widget.js", f"/api/chat/widget/bot/{bots.fast}"]
+    # The page itself is in it, and headers are.
+    assert sum(sizes) < 18_000
+    assert chat.host.evaluate("h => h.shadowRoot.querySelectorAll('*').length") < 10
+    assert kept(page) == {}
+
+
+def test_two_hundred_messages_take_little_memory(bots: Bots, site: Site, watched: Watched) -> None:
+    page = watched.page
+    devtools = page.context.new_cdp_session(page)
+    chat = opened(page, site.put("/memory", page_with(bots.url, bots.fast)))
+
+    def used() -> float:
+        devtools.send("HeapProfiler.collectGarbage")
+        usage = devtools.send("Runtime.getHeapUsage")
+        return float(usage["usedSize"] + usage.get("embedderHeapUsedSize", 0))
+
+    said_hello(chat)
+    before = used()
+    for _ in range(99):
+        page.evaluate("text => chatd.send(text)", MARKDOWN)
+    chat.is_idle()
+    expect(chat.host.locator("li.mine, li.theirs")).to_have_count(200)
+    # About 5,000 elements, of which Chromium takes a kilobyte each.
+    assert used() - before < 16 * 1024 * 1024
