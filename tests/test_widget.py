@@ -292,6 +292,16 @@ def test_the_greeting_and_the_suggestions_of_the_chatbot_are_shown(
     assert transcript(watched.page, bots.url)[0] == ("user", "Are you open?")
 
 
+def test_code_is_copied_as_it_was_written(bots: Bots, site: Site, browser: Browser) -> None:
+    with watching(browser, permissions=["clipboard-read", "clipboard-write"]) as watched:
+        chat = opened(watched.page, site.put("/copy", page_with(bots.url, bots.fast)))
+        chat.say("Look:\n\n```js\nif (a < b) {\n  c();\n}\n```")
+        chat.named("Copy").click()
+        expect(chat.host.locator(".copy")).to_have_text("Copy ✓")
+        copied = watched.page.evaluate("navigator.clipboard.readText()")
+        assert copied == "if (a < b) {\n  c();\n}"
+
+
 # Connections that break, pages that are left
 
 
@@ -759,6 +769,12 @@ def test_on_a_phone_the_chat_is_the_screen_and_the_keyboard_does_not_cover_the_i
         chat.go.tap()
         expect(chat.theirs).to_have_text("from a phone")
         assert float(chat.input.evaluate("e => parseFloat(getComputedStyle(e).fontSize)")) >= 16
+        # Neither the notch nor the bar at the bottom covers anything.
+        page.context.new_cdp_session(page).send(
+            "Emulation.setSafeAreaInsetsOverride", {"insets": {"top": 47, "bottom": 34}}
+        )
+        expect(chat.host.locator(".compose")).to_have_css("padding-bottom", "34px")
+        expect(chat.host.locator("header")).to_have_css("padding-top", "47px")
         chat.panel.get_by_role("button", name="Close chat").tap()
         expect(chat.panel).to_be_hidden()
         expect(chat.launcher).to_be_visible()
@@ -850,7 +866,7 @@ print("a line of code that is too long for the panel and has to be scrolled side
 the end"""
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", "dark", "phone"])
 @pytest.mark.parametrize("state", [closed, empty, answered, writing, failed, limited, offline])
 def test_nobody_is_kept_out_in_any_state(
     bots: Bots, site: Site, wire: Wire, browser: Browser, state: State, theme: str
@@ -858,7 +874,8 @@ def test_nobody_is_kept_out_in_any_state(
     page_html = page_with(
         wire.url, bots.slow if state is writing else bots.fast, f'data-theme="{theme}"'
     )
-    with watching(browser, reduced_motion="reduce") as watched:
+    device = PHONE if theme == "phone" else {}
+    with watching(browser, reduced_motion="reduce", **device) as watched:
         page = watched.page
         described(page, greeting="Hello, I am Ada.", suggestions=["Are you open?", "Cost?"])
         chat = opened(page, site.put("/everybody", page_html))
