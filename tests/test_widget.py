@@ -527,10 +527,14 @@ def test_visitors_with_a_token_are_kept_apart(bots: Bots, site: Site, watched: W
     chat.say("said by Ann")
     expect(chat.theirs).to_have_text("said by Ann")
     chat.is_idle()
+    # A fresh token for the same visitor changes nothing, also in the middle of an answer.
+    page.evaluate("token => { chatd.send('and again'); chatd.setUser(token); }", token("ann"))
+    expect(chat.theirs).to_have_text(["said by Ann", "and again"])
+    chat.is_idle()
     page.reload()
     page.evaluate("token => chatd.setUser(token)", token("ann"))
     page.evaluate("chatd.open()")
-    expect(chat.mine).to_have_text("said by Ann")
+    expect(chat.mine).to_have_text(["said by Ann", "and again"])
     page.evaluate("token => chatd.setUser(token)", token("bob"))
     expect(chat.mine).to_have_count(0)
     assert [key for key in kept(page) if key.endswith(" ann")] == []

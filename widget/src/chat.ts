@@ -104,6 +104,11 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
 
   async function setUser(token: TokenSource): Promise<void> {
     source = token;
+    if (visitor && typeof token === "string" && visitorOf(token) === visitor) {
+      // The same visitor with a fresh token goes on.
+      api.token = token;
+      return;
+    }
     leave();
     if (source) {
       await identify();
