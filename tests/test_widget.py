@@ -452,6 +452,7 @@ def test_too_many_messages_are_told_of_with_the_time_to_wait(
     ("status", "code", "words"),
     [
         ("429 Too Many Requests", "budget_exhausted", "The limit is reached."),
+        ("429 Too Many Requests", "rate_limited", "The limit is reached."),
         ("403 Forbidden", "identity_required", "Please sign in to chat."),
         ("403 Forbidden", "turn_refused", "This message was declined."),
         ("403 Forbidden", "origin_not_allowed", "This chat is not available here."),

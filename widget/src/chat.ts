@@ -472,6 +472,8 @@ function wordFor(error: unknown): Word {
     invalid_request: "long",
     not_found: "absent",
     origin_not_allowed: "absent",
+    // Where the time to wait is worth counting it is told in place of this.
+    rate_limited: "budget",
     turn_refused: "refused",
   };
   return (error instanceof ApiError && words[error.code]) || "failed";
