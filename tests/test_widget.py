@@ -235,6 +235,20 @@ def test_shift_enter_begins_a_line_and_enter_sends(
     expect(chat.mine).to_have_text("one\ntwo", use_inner_text=True)
 
 
+def test_enter_that_ends_a_word_of_an_input_method_does_not_send(
+    bots: Bots, site: Site, watched: Watched
+) -> None:
+    chat = opened(watched.page, site.put("/ime", page_with(bots.url, bots.fast)))
+    chat.input.fill("かんじ")
+    chat.input.evaluate(
+        "e => e.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))"
+    )
+    expect(chat.input).to_have_value("かんじ")
+    expect(chat.mine).to_have_count(0)
+    chat.input.press("Enter")
+    expect(chat.mine).to_have_text("かんじ")
+
+
 def test_an_answer_can_be_stopped_and_what_was_said_stays(
     bots: Bots, site: Site, watched: Watched
 ) -> None:
@@ -355,6 +369,27 @@ def test_the_conversation_goes_on_on_another_page_of_the_site(
     chat.open()
     expect(chat.mine).to_have_text("said on the first page")
     expect(chat.theirs).to_have_text("said on the first page")
+
+
+def test_what_is_said_in_two_windows_at_once_is_answered_one_after_the_other(
+    bots: Bots, site: Site, watched: Watched
+) -> None:
+    url = site.put("/windows", page_with(bots.url, bots.slow))
+    first = opened(watched.page, url)
+    first.say("to begin")
+    expect(first.theirs).to_have_text("to begin")
+    first.is_idle()
+    second = opened(watched.page.context.new_page(), url)
+    expect(second.mine).to_have_text("to begin")
+    first.say(WORDS)
+    expect(first.theirs.last).to_contain_text("word1")
+    second.say("from the other window")
+    expect(second.theirs.last).to_have_text("from the other window", timeout=20_000)
+    assert [text for role, text in transcript(second.page, bots.url) if role == "assistant"] == [
+        "to begin",
+        WORDS,
+        "from the other window",
+    ]
 
 
 def test_what_is_older_than_a_page_of_history_is_shown_when_asked_for(
