@@ -537,6 +537,16 @@ def token(sub: str) -> str:
     return f"x.{part}.y"
 
 
+def test_who_has_to_sign_in_is_told_before_writing(
+    bots: Bots, site: Site, watched: Watched
+) -> None:
+    described(watched.page, require_identity=True)
+    chat = opened(watched.page, site.put("/sign-in", page_with(bots.url, bots.fast)))
+    expect(chat.notice).to_have_text("Please sign in to chat.")
+    watched.page.evaluate("token => chatd.setUser(token)", token("ann"))
+    expect(chat.notice).to_be_hidden()
+
+
 def test_after_a_logout_nothing_of_the_visitor_before_is_left(
     bots: Bots, site: Site, watched: Watched
 ) -> None:

@@ -424,7 +424,6 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
   }
 
   function say(notice: Notice | undefined): void {
-    if (notice === chat.notice) return;
     chat.notice = notice;
     view.onNotice(notice);
   }
