@@ -235,6 +235,20 @@ def test_shift_enter_begins_a_line_and_enter_sends(
     expect(chat.mine).to_have_text("one\ntwo", use_inner_text=True)
 
 
+def test_enter_that_ends_a_word_of_an_input_method_does_not_send(
+    bots: Bots, site: Site, watched: Watched
+) -> None:
+    chat = opened(watched.page, site.put("/ime", page_with(bots.url, bots.fast)))
+    chat.input.fill("かんじ")
+    chat.input.evaluate(
+        "e => e.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))"
+    )
+    expect(chat.input).to_have_value("かんじ")
+    expect(chat.mine).to_have_count(0)
+    chat.input.press("Enter")
+    expect(chat.mine).to_have_text("かんじ")
+
+
 def test_an_answer_can_be_stopped_and_what_was_said_stays(
     bots: Bots, site: Site, watched: Watched
 ) -> None:
@@ -292,6 +306,16 @@ def test_the_greeting_and_the_suggestions_of_the_chatbot_are_shown(
     assert transcript(watched.page, bots.url)[0] == ("user", "Are you open?")
 
 
+def test_code_is_copied_as_it_was_written(bots: Bots, site: Site, browser: Browser) -> None:
+    with watching(browser, permissions=["clipboard-read", "clipboard-write"]) as watched:
+        chat = opened(watched.page, site.put("/copy", page_with(bots.url, bots.fast)))
+        chat.say("Look:\n\n```js\nif (a < b) {\n  c();\n}\n```")
+        chat.named("Copy").click()
+        expect(chat.host.locator(".copy")).to_have_text("Copy ✓")
+        copied = watched.page.evaluate("navigator.clipboard.readText()")
+        assert copied == "if (a < b) {\n  c();\n}"
+
+
 # Connections that break, pages that are left
 
 
@@ -345,6 +369,27 @@ def test_the_conversation_goes_on_on_another_page_of_the_site(
     chat.open()
     expect(chat.mine).to_have_text("said on the first page")
     expect(chat.theirs).to_have_text("said on the first page")
+
+
+def test_what_is_said_in_two_windows_at_once_is_answered_one_after_the_other(
+    bots: Bots, site: Site, watched: Watched
+) -> None:
+    url = site.put("/windows", page_with(bots.url, bots.slow))
+    first = opened(watched.page, url)
+    first.say("to begin")
+    expect(first.theirs).to_have_text("to begin")
+    first.is_idle()
+    second = opened(watched.page.context.new_page(), url)
+    expect(second.mine).to_have_text("to begin")
+    first.say(WORDS)
+    expect(first.theirs.last).to_contain_text("word1")
+    second.say("from the other window")
+    expect(second.theirs.last).to_have_text("from the other window", timeout=20_000)
+    assert [text for role, text in transcript(second.page, bots.url) if role == "assistant"] == [
+        "to begin",
+        WORDS,
+        "from the other window",
+    ]
 
 
 def test_what_is_older_than_a_page_of_history_is_shown_when_asked_for(
@@ -442,6 +487,7 @@ def test_too_many_messages_are_told_of_with_the_time_to_wait(
     ("status", "code", "words"),
     [
         ("429 Too Many Requests", "budget_exhausted", "The limit is reached."),
+        ("429 Too Many Requests", "rate_limited", "The limit is reached."),
         ("403 Forbidden", "identity_required", "Please sign in to chat."),
         ("403 Forbidden", "turn_refused", "This message was declined."),
         ("403 Forbidden", "origin_not_allowed", "This chat is not available here."),
@@ -491,6 +537,16 @@ def token(sub: str) -> str:
     return f"x.{part}.y"
 
 
+def test_who_has_to_sign_in_is_told_before_writing(
+    bots: Bots, site: Site, watched: Watched
+) -> None:
+    described(watched.page, require_identity=True)
+    chat = opened(watched.page, site.put("/sign-in", page_with(bots.url, bots.fast)))
+    expect(chat.notice).to_have_text("Please sign in to chat.")
+    watched.page.evaluate("token => chatd.setUser(token)", token("ann"))
+    expect(chat.notice).to_be_hidden()
+
+
 def test_after_a_logout_nothing_of_the_visitor_before_is_left(
     bots: Bots, site: Site, watched: Watched
 ) -> None:
@@ -517,10 +573,14 @@ def test_visitors_with_a_token_are_kept_apart(bots: Bots, site: Site, watched: W
     chat.say("said by Ann")
     expect(chat.theirs).to_have_text("said by Ann")
     chat.is_idle()
+    # A fresh token for the same visitor changes nothing, also in the middle of an answer.
+    page.evaluate("token => { chatd.send('and again'); chatd.setUser(token); }", token("ann"))
+    expect(chat.theirs).to_have_text(["said by Ann", "and again"])
+    chat.is_idle()
     page.reload()
     page.evaluate("token => chatd.setUser(token)", token("ann"))
     page.evaluate("chatd.open()")
-    expect(chat.mine).to_have_text("said by Ann")
+    expect(chat.mine).to_have_text(["said by Ann", "and again"])
     page.evaluate("token => chatd.setUser(token)", token("bob"))
     expect(chat.mine).to_have_count(0)
     assert [key for key in kept(page) if key.endswith(" ann")] == []
@@ -759,6 +819,12 @@ def test_on_a_phone_the_chat_is_the_screen_and_the_keyboard_does_not_cover_the_i
         chat.go.tap()
         expect(chat.theirs).to_have_text("from a phone")
         assert float(chat.input.evaluate("e => parseFloat(getComputedStyle(e).fontSize)")) >= 16
+        # Neither the notch nor the bar at the bottom covers anything.
+        page.context.new_cdp_session(page).send(
+            "Emulation.setSafeAreaInsetsOverride", {"insets": {"top": 47, "bottom": 34}}
+        )
+        expect(chat.host.locator(".compose")).to_have_css("padding-bottom", "34px")
+        expect(chat.host.locator("header")).to_have_css("padding-top", "47px")
         chat.panel.get_by_role("button", name="Close chat").tap()
         expect(chat.panel).to_be_hidden()
         expect(chat.launcher).to_be_visible()
@@ -850,7 +916,7 @@ print("a line of code that is too long for the panel and has to be scrolled side
 the end"""
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", "dark", "phone"])
 @pytest.mark.parametrize("state", [closed, empty, answered, writing, failed, limited, offline])
 def test_nobody_is_kept_out_in_any_state(
     bots: Bots, site: Site, wire: Wire, browser: Browser, state: State, theme: str
@@ -858,7 +924,8 @@ def test_nobody_is_kept_out_in_any_state(
     page_html = page_with(
         wire.url, bots.slow if state is writing else bots.fast, f'data-theme="{theme}"'
     )
-    with watching(browser, reduced_motion="reduce") as watched:
+    device = PHONE if theme == "phone" else {}
+    with watching(browser, reduced_motion="reduce", **device) as watched:
         page = watched.page
         described(page, greeting="Hello, I am Ada.", suggestions=["Are you open?", "Cost?"])
         chat = opened(page, site.put("/everybody", page_html))
@@ -956,3 +1023,46 @@ def test_the_demo_loads_nothing_from_elsewhere_and_keeps_nobody_out(
         page.evaluate(AXE.read_text())
         found = page.evaluate("axe.run(document)")
         assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in found["violations"]] == []
+
+
+# What it costs
+
+
+def test_before_the_first_click_a_page_loads_the_script_and_what_the_chatbot_looks_like(
+    bots: Bots, site: Site, watched: Watched
+) -> None:
+    page = watched.page
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Network.enable")
+    sizes: list[float] = []
+    devtools.on("Network.loadingFinished", lambda event: sizes.append(event["encodedDataLength"]))
+    page.goto(site.put("/costs", page_with(bots.url, bots.fast)))
+    chat = Chat(page)
+    expect(chat.launcher).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    of_chatd = [url.removeprefix(bots.url) for url in watched.asked if url.startswith(bots.url)]
+    assert of_chatd == ["/widget.js", f"/api/chat/widget/bot/{bots.fast}"]
+    # The page itself is in it, and headers are.
+    assert sum(sizes) < 18_000
+    assert chat.host.evaluate("h => h.shadowRoot.querySelectorAll('*').length") < 10
+    assert kept(page) == {}
+
+
+def test_two_hundred_messages_take_little_memory(bots: Bots, site: Site, watched: Watched) -> None:
+    page = watched.page
+    devtools = page.context.new_cdp_session(page)
+    chat = opened(page, site.put("/memory", page_with(bots.url, bots.fast)))
+
+    def used() -> float:
+        devtools.send("HeapProfiler.collectGarbage")
+        usage = devtools.send("Runtime.getHeapUsage")
+        return float(usage["usedSize"] + usage.get("embedderHeapUsedSize", 0))
+
+    said_hello(chat)
+    before = used()
+    for _ in range(99):
+        page.evaluate("text => chatd.send(text)", MARKDOWN)
+    chat.is_idle()
+    expect(chat.host.locator("li.mine, li.theirs")).to_have_count(200)
+    # About 5,000 elements, of which Chromium takes a kilobyte each.
+    assert used() - before < 16 * 1024 * 1024

@@ -104,6 +104,11 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
 
   async function setUser(token: TokenSource): Promise<void> {
     source = token;
+    if (visitor && typeof token === "string" && visitorOf(token) === visitor) {
+      // The same visitor with a fresh token goes on.
+      api.token = token;
+      return;
+    }
     leave();
     if (source) {
       await identify();
@@ -419,7 +424,6 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
   }
 
   function say(notice: Notice | undefined): void {
-    if (notice === chat.notice) return;
     chat.notice = notice;
     view.onNotice(notice);
   }
@@ -467,6 +471,8 @@ function wordFor(error: unknown): Word {
     invalid_request: "long",
     not_found: "absent",
     origin_not_allowed: "absent",
+    // Where the time to wait is worth counting it is told in place of this.
+    rate_limited: "budget",
     turn_refused: "refused",
   };
   return (error instanceof ApiError && words[error.code]) || "failed";

@@ -104,6 +104,8 @@ export function makePanel(options: PanelOptions): Panel {
     const ask = (text: string): HTMLButtonElement =>
       button(text, "suggestion", () => void send(text));
     suggestions.replaceChildren(...(bot.suggestions ?? []).map(ask));
+    // Told before somebody writes for nothing; the server decides.
+    if (bot.require_identity && !options.source) onNotice({ word: "identity" });
     onReset();
   }
 
