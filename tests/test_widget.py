@@ -24,6 +24,12 @@ AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 CONFIG = """
 server:
   allowed_origins: ["*"]
+limits:
+  turns_per_ip: none
+  turns_per_session: none
+  turns_per_chatbot: none
+  sessions_per_ip: none
+  sessions_per_chatbot: none
 storage: {use: sqlite, path: chatd.db}
 providers:
   fast: {use: echo, reply: "{message}"}
