@@ -53,8 +53,14 @@ _OF_THE_REQUEST = {*_SAME_EVERYWHERE, _Kind.INVALID_REQUEST}
 MAX_PAIRS = 1000
 """Providers with a model of which something is known; the oldest is forgotten first."""
 
-_CHARGED = {_Kind.TIMEOUT, _Kind.INCOMPLETE, _Kind.EMPTY}
-"""Failures of an answer that a model was paid for, as far as can be told."""
+_CHARGED = {
+    _Kind.TIMEOUT,
+    _Kind.INCOMPLETE,
+    _Kind.EMPTY,
+    _Kind.PROTOCOL,
+    _Kind.CONNECTION,
+}
+"""Failures behind which a model may have worked, so that it may be charged."""
 
 CLOSE_SECONDS = 1.0
 """How long a provider may take to let go of an answer that is over."""
@@ -123,6 +129,8 @@ class Attempt:
     ms: int = 0
     answered_by: str | None = None
     """The model that answered, by the provider's word."""
+    generated: bool = False
+    """Whether anything came of an answer, seen or not."""
     lost: bool = False
     """Whether another was quicker, and this one was hung up on."""
     prices: tuple[Price, ...] = ()
@@ -153,11 +161,13 @@ class Attempt:
     def may_have_cost(self) -> bool:
         """Whether a model worked on it, and what that cost is not known.
 
-        Services do not charge for what they refuse or fail at, but for what is hung up on.
+        Services do not charge for what they refuse, but for what they began or is hung up on.
         """
         if self.usage is not None and self.usage.cost_usd is not None:
             return False
-        return self.lost or self.error is None or (self.reached_model and self.error in _CHARGED)
+        if self.lost or self.generated or self.error is None:
+            return True
+        return self.reached_model and self.error in _CHARGED
 
     def priced(self, usage: Usage) -> Usage:
         """`usage` with its cost, where only the configuration knows the price."""
@@ -197,13 +207,16 @@ class Trail:
 
     @property
     def usage(self) -> Usage | None:
-        """What all attempts took together; `None` when no provider told of any.
+        """What all attempts took together; `None` when nothing is known of it.
 
-        The cost is unknown while one that may have cost something has none.
+        The cost is unknown while one that may have cost something has none. It is nothing when
+        all that was asked refused.
         """
         reports = [attempt.usage for attempt in self.attempts if attempt.usage is not None]
         if not reports:
-            return None
+            asked = any(attempt.reached_model for attempt in self.attempts)
+            free = asked and not any(attempt.may_have_cost for attempt in self.attempts)
+            return Usage(cost_usd=0.0) if free else None
         total = Usage(*(_sum(getattr(r, f.name) for r in reports) for f in fields(Usage)))
         if any(attempt.may_have_cost for attempt in self.attempts):
             return replace(total, cost_usd=None)
@@ -515,6 +528,7 @@ class Router:
             while True:
                 event = checked(await anext(events))
                 attempt.reached_model = True
+                attempt.generated |= isinstance(event, TOKENS)
                 is_nothing = _is_nothing(event, tools)
                 if not isinstance(event, VISIBLE):
                     _note(target, attempt, event, said)
@@ -528,7 +542,7 @@ class Router:
                     yield event
                     if isinstance(event, Finish):
                         return
-                    if isinstance(event, TOKENS) and request.stream:
+                    if request.stream and isinstance(event, TOKENS):
                         due = watchdog.in_seconds(timeouts.idle)
                 watchdog.watch(due)
         except BaseException as raised:

@@ -269,3 +269,17 @@ async def test_a_chatbots_own_budget_replaces_the_servers(serve: Serve) -> None:
             key = f"key-{new_id()}"
             bot = await served.add_bot(key=key, daily_budget_usd=budget)
             assert [(await talk(served, bot, key)).status for _ in range(3)] == statuses
+
+
+async def test_an_outage_of_the_provider_does_not_use_up_the_budget(serve: Serve) -> None:
+    async with priced(serve) as models:
+        served = await models.serve()
+        bot = await served.add_bot(daily_budget_usd=0.5, turn_reserve_usd=0.2)
+        models.fake.always(http_response(503, b""))
+        for _ in range(6):
+            assert_problem(await talk(served, bot), 502, "provider_failed")
+        models.fake.always(answer_of())
+        assert (await talk(served, bot)).status == 200
+        # Nor is it taken for spent by who learns it from storage.
+        again = await models.serve()
+        assert (await talk(again, bot)).status == 200

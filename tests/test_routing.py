@@ -786,6 +786,17 @@ async def test_the_cost_is_unknown_while_that_of_one_attempt_is(
     assert (await here.say()).json["usage"]["cost_usd"] == 0.5
 
 
+async def test_what_all_refused_cost_nothing(chat: Open, first: FakeProvider) -> None:
+    here = await chat()
+    first.always(http_response(503, b""))
+    assert (await here.say()).status == 502
+    assert (await here.turn()).usage == Usage(cost_usd=0.0)
+    # One that broke off while a model may have worked is unknown.
+    first.always(Reset())
+    assert (await here.say()).status == 502
+    assert (await here.turn()).usage == Usage()
+
+
 async def test_without_a_price_the_cost_is_unknown_and_never_0(
     chat: Open, first: FakeProvider
 ) -> None:
