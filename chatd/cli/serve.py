@@ -72,6 +72,7 @@ def _greet(
             f'  A chatbot was made: "{chatbot.name}", model {chatbot.model}',
             f"  assistant_id {chatbot.id}",
             f"  api_key      {key}   (shown only now)",
+            f"  its widget   {url}/demo/{chatbot.id}",
             "",
             "  Talk to it; paste this:",
             "",
