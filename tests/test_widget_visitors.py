@@ -149,3 +149,39 @@ def test_the_demo_of_a_chatbot_with_origins_of_its_own_is_introduced(
     with watching(browser) as watched:
         watched.page.goto(f"{known.url}/demo/{known.bot}")
         expect(Chat(watched.page).theirs).to_have_text("Hello, I am Ada.")
+
+
+def test_a_page_whose_token_fails_once_is_asked_again_and_the_visitor_is_told(
+    known: Known, site: Site, browser: Browser
+) -> None:
+    with watching(browser) as watched:
+        script = f"""<script>
+            window.asked = 0;
+            (window.chatd ||= []).push((chatd) => chatd.init({{
+                chatbotId: "{known.bot}", userToken: async () => {{
+                    if (window.asked++ === 0) throw new TypeError("Failed to fetch");
+                    return "{known.token("ann")}"; }} }}));
+        </script>"""
+        html = page_with(known.url, known.bot, head=script)
+        html = html.replace(f'data-chatbot-id="{known.bot}"', "")
+        chat: Chat = opened(watched.page, site.put("/once", html))
+        notice = chat.host.locator(".notice")
+        expect(notice).to_be_visible()
+        chat.say("hello")
+        expect(chat.theirs.last).to_have_text("hello")
+        expect(notice).to_be_hidden()
+
+
+def test_after_a_logout_the_elements_own_token_counts_no_more(
+    known: Known, site: Site, browser: Browser
+) -> None:
+    with watching(browser) as watched:
+        page = watched.page
+        ann = f'data-user-token="{known.token("ann")}"'
+        chat = opened(page, site.put("/logout", page_with(known.url, known.bot, ann)))
+        chat.say("said by Ann")
+        expect(chat.theirs.last).to_have_text("said by Ann")
+        page.evaluate("chatd.setUser()")
+        page.evaluate("document.querySelector('chatd-widget').setAttribute('language', 'en')")
+        chat.say("said by nobody")
+        expect(chat.host.locator(".note")).to_contain_text("sign in")

@@ -183,11 +183,12 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
   }
 
   async function recollect(signal: AbortSignal): Promise<void> {
-    await identify();
-    const { session, pending } = kept;
-    chat.isLoaded = !session;
-    if (signal.aborted || !session) return;
     try {
+      await identify();
+      if (chat.notice?.word === "failed") say(undefined);
+      const { session, pending } = kept;
+      chat.isLoaded = !session;
+      if (signal.aborted || !session) return;
       const page = await patiently(signal, () => api.history(session));
       const running = await patiently(signal, () => api.running(session, signal));
       if (signal.aborted) return;

@@ -97,7 +97,8 @@ export class ChatdWidget extends HTMLElement {
 
   /** Another visitor from now on; without a token nobody known. */
   async setUser(token?: TokenSource): Promise<void> {
-    this.#source = token;
+    // Null and not undefined: from now on the attribute says nothing any more.
+    this.#source = token ?? null;
     const panel = this.#content();
     await panel?.chat.setUser(token);
     if (panel && this.#isOpen) await panel.chat.load();
@@ -188,7 +189,7 @@ export class ChatdWidget extends HTMLElement {
     if (!this.#root || this.#panel) return this.#panel;
     const panel = makePanel({
       api: this.#api,
-      source: this.#source ?? this.getAttribute("user-token"),
+      source: this.#source === undefined ? this.getAttribute("user-token") : this.#source,
       language: this.#language,
       close: this.#isBubble ? () => this.close() : undefined,
       tell: (event, detail) => this.#tell(event, detail),

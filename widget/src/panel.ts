@@ -264,7 +264,7 @@ export function makePanel(options: PanelOptions): Panel {
       chat.stop();
     } else if (!chat.isLoaded) {
       // What cannot be sent yet stays where it was written.
-      void chat.load();
+      void chat.load().then(() => chat.isLoaded && pressed());
     } else if (text.trim() && !isBarred()) {
       input.value = "";
       fit();
