@@ -1,7 +1,7 @@
 """How much: how often visitors and clients may ask, counted over moving windows.
 
-What one visitor is refused takes nothing from what the others of a chatbot share: all limits are
-asked before any is counted, and what is shared is counted last, once the work has begun.
+All limits are asked before any is counted, and they are counted once the work has begun: what is
+refused takes nothing from them. What is tried in vain is counted by itself, and bounded too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -31,6 +31,10 @@ MAX_KEYS = 100_000
 
 IPV6_PREFIX = 64
 """What one customer of a provider has at least (RFC 6177), and may take every address of."""
+
+IN_VAIN = 5
+"""How many times as often as something may be done it may be tried in vain. Who writes into one
+session from several windows runs into turns that go on; nobody does that all the time."""
 
 Kind = Literal["sessions", "turns"]
 """What is counted: sessions that begin, or turns."""
@@ -145,6 +149,11 @@ class Admission:
             return max(refusing, key=lambda quota: quota.reset)
         return min(self.own, key=lambda quota: quota.left, default=None)
 
+    @property
+    def given_back(self) -> Admission:
+        """The same when the work did not begin, so that it took nothing."""
+        return Admission(_one_more(self.own), _one_more(self.shared))
+
     def require(self) -> None:
         """Raises `RateLimited` when one of the limits refuses."""
         quota = self.tightest
@@ -153,6 +162,10 @@ class Admission:
                 f"At most {quota.rate} are taken ({quota.name}). Wait as long as Retry-After says.",
                 retry_after=max(1, math.ceil(quota.reset)),
             )
+
+
+def _one_more(quotas: Sequence[Quota]) -> tuple[Quota, ...]:
+    return tuple(replace(quota, left=quota.left + 1) for quota in quotas)
 
 
 class Limits:
@@ -169,6 +182,8 @@ class Limits:
         self._defaults = defaults
         self._counters = counters
         self._trusted_proxies = trusted_proxies
+        # Each process bounds by itself what is tried in it in vain: that costs no model anything.
+        self._in_vain = WindowCounters()
         self._beginning: Counter[str] = Counter()
         self._warned = False
 
@@ -190,10 +205,11 @@ class Limits:
     async def ask(
         self, kind: Kind, chatbot: Chatbot, own: Mapping[str, str | None]
     ) -> AsyncIterator[Admission]:
-        """Asks all limits for one more of a kind, and counts it under the requester's own.
+        """Asks all limits for one more of a kind, and counts it when the `async with` ends well.
 
-        It counts under the chatbot's, which others share, when the `async with` ends well, and
-        not when it raises; call `Admission.require` first in it.
+        When it raises, that is counted as tried in vain, which is refused from `IN_VAIN` times the
+        requester's own limits on. Call `Admission.require` first in it: what the limits refuse is
+        counted nowhere.
 
         :param own: who asks: `ip`, `session` and `visitor` of a widget, or `key` of a client,
             who shares nothing with the widget's visitors. None is not counted.
@@ -202,20 +218,26 @@ class Limits:
         mine = [
             quota for scope, key in keys.items() for quota in self._of(kind, scope, key, chatbot)
         ]
-        others = [] if "key" in own else list(self._of(kind, "chatbot", "", chatbot))
-        mine = [await self._asked(quota) for quota in mine]
-        others = [await self._asked(quota) for quota in others]
-        admission = Admission(tuple(mine), tuple(others))
-        if any(quota.left < 0 for quota in (*mine, *others)):
+        others = [] if "key" in own else self._of(kind, "chatbot", "", chatbot)
+        vain = [_vain(quota) for quota in mine]
+        mine = [await self._asked(self._counters, quota) for quota in mine]
+        others = [await self._asked(self._counters, quota) for quota in others]
+        vain = [await self._asked(self._in_vain, quota) for quota in vain]
+        refusing = tuple(quota for quota in vain if quota.left < 0)
+        admission = Admission((*mine, *refusing), tuple(others))
+        if any(quota.left < 0 for quota in (*admission.own, *others)):
             yield admission
             return
-        for quota in mine:
-            await self._counters.take(quota.rate, quota.key)
-        began = [quota.key for quota in others]
+        began = [quota.key for quota in (*mine, *others, *vain)]
         self._beginning.update(began)
         try:
             yield admission
-            for quota in others:
+        except BaseException:
+            for quota in vain:
+                await self._in_vain.take(quota.rate, quota.key)
+            raise
+        else:
+            for quota in (*mine, *others):
                 await self._counters.take(quota.rate, quota.key)
         finally:
             self._beginning.subtract(began)
@@ -231,10 +253,16 @@ class Limits:
             Quota(name, rate, f"{path}/{rate.count}/{rate.seconds}", 0, 0) for rate in rates(text)
         ]
 
-    async def _asked(self, quota: Quota) -> Quota:
+    async def _asked(self, counters: Counters, quota: Quota) -> Quota:
         """The limit with what is left after one more; below 0 when that is too much."""
-        left, reset = await self._counters.left(quota.rate, quota.key)
+        left, reset = await counters.left(quota.rate, quota.key)
         return replace(quota, left=left - self._beginning[quota.key] - 1, reset=reset)
+
+
+def _vain(quota: Quota) -> Quota:
+    """How often what a limit is of may be tried in vain."""
+    rate = Rate(quota.rate.count * IN_VAIN, quota.rate.seconds)
+    return Quota(f"failed_{quota.name}", rate, f"failed_{quota.key}", 0, 0)
 
 
 def counted_address(peer: str, forwarded: str, trusted: int) -> str:

@@ -116,7 +116,7 @@ async def test_a_stream_says_what_is_left(serve: Serve) -> None:
     assert answer.headers["RateLimit"].startswith('"turns_per_session/60";r=4;t=')
 
 
-async def test_an_error_after_it_was_counted_says_what_is_left(serve: Serve) -> None:
+async def test_a_turn_that_cannot_begin_is_told_what_is_left_without_it(serve: Serve) -> None:
     config = limited(turns_per_session="9/minute").replace("reply:", "word_seconds: 0.2, reply:")
     served = await serve(config)
     session = await session_of(served, await served.add_bot())
@@ -124,7 +124,7 @@ async def test_an_error_after_it_was_counted_says_what_is_left(serve: Serve) -> 
     await asyncio.sleep(0.1)
     refused = await say(served, session)
     assert_problem(refused, 409, "turn_in_progress")
-    assert refused.headers["RateLimit"].startswith('"turns_per_session/60";r=7;')
+    assert refused.headers["RateLimit"].startswith('"turns_per_session/60";r=8;')
     assert (await first).status == 200
 
 
@@ -177,6 +177,54 @@ async def test_turns_that_cannot_begin_do_not_count_for_all(serve: Serve) -> Non
     assert (await say(served, sessions[1])).status == 200
     assert (await first).status == 200
     assert_problem(await say(served, sessions[1]), 429, "rate_limited")
+
+
+async def test_turns_that_cannot_begin_take_nothing_from_who_asks(serve: Serve) -> None:
+    limits = {"turns_per_ip": "3/minute", "turns_per_session": "2/minute"}
+    config = limited(**limits).replace("reply:", "word_seconds: 0.3, reply:")
+    served = await serve(config)
+    session = await session_of(served, await served.add_bot())
+    first = asyncio.create_task(say(served, session))
+    await asyncio.sleep(0.1)
+    assert [(await say(served, session)).status for _ in range(5)] == [409] * 5
+    assert (await first).status == 200
+    assert [(await say(served, session)).status for _ in range(2)] == [200, 429]
+
+
+async def test_a_turn_that_is_replayed_counts(serve: Serve) -> None:
+    served = await serve(limited(turns_per_session="3/minute"))
+    session = await session_of(served, await served.add_bot())
+    said = [await say(served, session, Idempotency_Key="once") for _ in range(4)]
+    assert [answer.status for answer in said] == [200, 200, 200, 429]
+
+
+async def test_a_flood_of_turns_that_cannot_begin_is_refused(serve: Serve) -> None:
+    config = limited(turns_per_ip="2/minute").replace("reply:", "word_seconds: 0.7, reply:")
+    served = await serve(config)
+    bot = await served.add_bot()
+    session = await session_of(served, bot)
+    first = asyncio.create_task(say(served, session))
+    await asyncio.sleep(0.1)
+    said = [await say(served, session) for _ in range(12)]
+    assert [answer.status for answer in said] == [409] * 10 + [429] * 2
+    problem = assert_problem(said[-1], 429, "rate_limited")
+    assert problem["detail"].startswith("At most 10 in a minute are taken (failed_turns_per_ip).")
+    assert said[-1].headers["RateLimit"].startswith('"failed_turns_per_ip/60";r=0;t=')
+    assert 1 <= int(said[-1].headers["Retry-After"]) <= 60
+    assert (await first).status == 200
+
+
+async def test_many_failures_at_once_are_not_more_than_may_be_tried(serve: Serve) -> None:
+    served = await serve(limited(turns_per_ip="4/minute"))
+    await served.add_bot()
+    bot = served.bots[0]
+    session = await session_of(served, bot)
+    said = await asyncio.gather(
+        *(say(served, session, Idempotency_Key=f"key-{i}") for i in range(60))
+    )
+    statuses = [answer.status for answer in said]
+    assert 1 <= statuses.count(200) <= 4
+    assert statuses.count(409) <= 20
 
 
 async def test_many_at_once_are_not_more_than_a_chatbots_limit(serve: Serve) -> None:

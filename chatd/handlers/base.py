@@ -281,8 +281,7 @@ class ApiHandler(RequestHandler):
     async def admitted(self, kind: Kind, **own: str | None) -> AsyncIterator[None]:
         """Counts one more of a kind for the request's chatbot, and says in headers what is left.
 
-        What the visitors of a chatbot share is counted when the `async with` ends well. Raises
-        `RateLimited`.
+        It is counted when the `async with` ends well; else as tried in vain. Raises `RateLimited`.
 
         :param own: as in `Limits.ask`.
         """
@@ -291,7 +290,11 @@ class ApiHandler(RequestHandler):
             self._quota = _quota_headers(admission)
             self._common_headers()
             admission.require()
-            yield
+            try:
+                yield
+            except BaseException:
+                self._quota = _quota_headers(admission.given_back)
+                raise
 
     def client_address(self) -> str:
         """The address, or network, that the client is counted under."""
