@@ -25,7 +25,16 @@ from chatd.errors import (
     ShuttingDown,
 )
 from chatd.interceptor import Interceptor, Proceed, TurnContext
-from chatd.provider import Event, Finish, TextDelta, ToolCallDelta, UsageReport, checked
+from chatd.provider import (
+    Event,
+    Finish,
+    ProviderRequest,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+    UsageReport,
+    checked,
+)
 from chatd.reply import Reply, whole_calls
 from chatd.routing import Trail
 
@@ -44,6 +53,7 @@ class RunningTurn:
 
     chatbot: Chatbot
     reply: Reply
+    request: ProviderRequest
     history_truncated: bool
     prompt_chars: int
     usage: Usage = Usage()
@@ -55,6 +65,7 @@ class RunningTurn:
     began: bool = False
     reserved: Reservation | None = None
     _half: str = ""
+    _thought_bytes: int = 0
 
     @property
     def id(self) -> str:
@@ -65,11 +76,19 @@ class RunningTurn:
         """Whether anything was said, or a tool called."""
         return bool(self.reply.length or self.reply.tool_calls)
 
+    @property
+    def answer_bytes(self) -> int:
+        """What came of the answer so far, in UTF-8: words, thoughts and calls of tools."""
+        calls = sum(len(call.arguments.encode()) for call in self.reply.tool_calls)
+        return self._thought_bytes + len(self.reply.text.encode()) + calls
+
     def take(self, event: Event) -> None:
         """Adds an event to what the turn has."""
         match event:
             case TextDelta(text):
                 self.say(text)
+            case ReasoningDelta(text):
+                self._thought_bytes += len(text.encode("utf-8", "surrogatepass"))
             case ToolCallDelta(index, id, name, arguments):
                 texts = (id and storable(id), name and storable(name), storable(arguments))
                 self.reply.call(ToolCallDelta(index, *texts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 
@@ -26,7 +27,8 @@ class _Ledger:
     """One day of a chatbot, in USD.
 
     `spent` is what turns that ended cost, as storage says, and what ended here since; `settled` all
-    that ended here. `running` turns hold `held`. `most` is what a turn cost at most.
+    that ended here. `running` turns hold `held`. `most` is what a turn cost at most. Of
+    `guesses` turns that ended here storage knows no cost; they count as `guessed` together.
     """
 
     day: date
@@ -35,30 +37,50 @@ class _Ledger:
     held: float = 0.0
     running: int = 0
     most: float = 0.0
+    guesses: int = 0
+    guessed: float = 0.0
     read_at: float | None = None
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Reservation:
-    """What a turn holds of its chatbot's budget. Ends once, by `settle` or `release`."""
+    """What a turn holds of its chatbot's budget. Ends once, by `settle` or `release`.
 
-    def __init__(self, ledger: _Ledger, amount: float, unknown: float) -> None:
+    :param reserve: what the turn counts as while neither its cost nor a guess of it is known.
+    """
+
+    def __init__(self, ledger: _Ledger, amount: float, reserve: float) -> None:
+        self.reserve = reserve
         self._ledger = ledger
         self._amount = amount
-        self._unknown = unknown
+        self._counted = 0.0
+        self._guess: float | None = None
         ledger.held += amount
         ledger.running += 1
 
-    def settle(self, cost_usd: float | None, *, free: bool) -> None:
-        """Counts what the turn cost; the reserve when that is unknown.
-
-        :param free: whether no model was reached, so that an unknown cost is none.
-        """
+    def settle(self, cost_usd: float | None, *, guess: float | None = None) -> None:
+        """Counts what the turn cost; when that is unknown the guess, and without one the reserve."""
         self.release()
-        unknown = 0.0 if free else self._unknown
-        cost = unknown if cost_usd is None else cost_usd
-        self._ledger.spent += cost
-        self._ledger.settled += cost
+        if cost_usd is None and guess is not None:
+            self._guess = guess
+            self._ledger.guesses += 1
+            self._ledger.guessed += guess
+            cost_usd = guess
+        self._count(self.reserve if cost_usd is None else cost_usd)
+
+    def correct(self, cost_usd: float) -> None:
+        """Counts what the turn cost, which storage knows by now, in place of what it counted as."""
+        if self._guess is not None:
+            self._ledger.guesses -= 1
+            self._ledger.guessed -= self._guess
+            self._guess = None
+        self._count(cost_usd)
+
+    def _count(self, cost: float) -> None:
+        more = cost - self._counted
+        self._counted = cost
+        self._ledger.spent += more
+        self._ledger.settled += more
         self._ledger.most = max(self._ledger.most, cost)
 
     def release(self) -> None:
@@ -74,9 +96,14 @@ class Budgets:
     or when nothing else runs and something is left. The reserve is what is set, or what the
     dearest turn of the day cost when that was more. So a budget is overrun by no more than one turn,
     if no turn costs more than its reserve.
+
+    :param now: the time, in UTC; by default the machine's.
     """
 
-    def __init__(self, storage: Storage, defaults: LimitsConfig) -> None:
+    def __init__(
+        self, storage: Storage, defaults: LimitsConfig, *, now: Callable[[], datetime] | None = None
+    ) -> None:
+        self._now = now or _now
         self._storage = storage
         self._defaults = defaults
         self._ledgers: dict[str, _Ledger] = {}
@@ -96,7 +123,7 @@ class Budgets:
         reserve = settings.turn_reserve_usd
         if reserve is None:
             reserve = self._defaults.turn_reserve_usd
-        now = datetime.now(UTC)
+        now = self._now()
         ledger = self._ledger(chatbot.id, now.date())
         await self._learn(chatbot.id, ledger, reserve)
         if ledger.spent >= budget:
@@ -141,11 +168,16 @@ class Budgets:
         for total in totals:
             if total.key == ledger.day.isoformat():
                 known = total.cost_usd or 0.0
-                spent += known + total.unknown_cost * reserve
+                unknown = max(0, total.unknown_cost - ledger.guesses)
+                spent += known + unknown * reserve + ledger.guessed
                 ledger.most = max(ledger.most, known / max(1, total.turns))
         # What ended meanwhile may be in the sum already; counted twice it errs on the safe side,
         # until it is read again.
         ledger.spent = spent + ledger.settled - settled
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _until_midnight(now: datetime) -> float:

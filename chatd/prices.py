@@ -42,8 +42,14 @@ def priced(usage: Usage, models: Sequence[str | None], prices: Sequence[Price]) 
     """
     if usage.cost_usd is not None:
         return usage
+    price = price_of(models, prices)
+    return usage if price is None else replace(usage, cost_usd=price.of(usage))
+
+
+def price_of(models: Sequence[str | None], prices: Sequence[Price]) -> Price | None:
+    """The first price that matches one of `models`, tried in their order."""
     for model in models:
         for price in prices:
             if model is not None and matches(price.match, model):
-                return replace(usage, cost_usd=price.of(usage))
-    return usage
+                return price
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from chatd import logs
 from chatd.domain import Usage
@@ -26,9 +27,16 @@ def unsettled(trail: Trail) -> bool:
     return any(_is_open(attempt) for attempt in trail.attempts)
 
 
-async def settle(storage: Storage, turn_id: str, run: int, trail: Trail) -> None:
+async def settle(
+    storage: Storage,
+    turn_id: str,
+    run: int,
+    trail: Trail,
+    told: Callable[[float], None] | None = None,
+) -> None:
     """Asks for what is not known of a turn that ended, and stores it; for a minute at most.
 
+    Once it is stored `told` is called with the cost in USD, if that is known.
     What could not be learned stays unknown. A process that ends meanwhile does not learn it.
     """
     learned = False
@@ -41,6 +49,8 @@ async def settle(storage: Storage, turn_id: str, run: int, trail: Trail) -> None
         if learned and (usage := trail.usage) is not None:
             try:
                 learned = not await storage.settle_turn(turn_id, run, usage)
+                if told is not None and usage.cost_usd is not None and not learned:
+                    told(usage.cost_usd)
             except StorageUnavailable as error:
                 log.warning("what turn %s took is not stored yet: %s", turn_id, error.detail)
         if not (learned or unsettled(trail)):

@@ -20,6 +20,7 @@ from chatd.bookkeeping import STORE_SECONDS, Books
 from chatd.budgets import Budgets
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
 from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, StorageUnavailable
+from chatd.estimates import Estimates, Said
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.provider import Event, ProviderRequest, Timeouts, needs
 from chatd.reply import Reply, TurnResult, shown_reason
@@ -94,6 +95,7 @@ class Turns:
         self._router = router
         self._interceptors = tuple(interceptors)
         self._budgets = budgets
+        self._estimates = Estimates()
         self._running: dict[str, RunningTurn] = {}
         self._beginning: dict[str, asyncio.Event] = {}
         self._elsewhere: dict[str, Reply] = {}
@@ -196,6 +198,7 @@ class Turns:
         turn = RunningTurn(
             chatbot=chatbot,
             reply=Reply(begun.turn_id, session_id, begun.run),
+            request=request,
             history_truncated=begun.history_truncated,
             # Images and tools are counted by no known measure.
             prompt_chars=0 if said.needed else sum(len(message.content) for message in asked),
@@ -398,7 +401,8 @@ class Turns:
             return self._router.stream(request, turn.trail)
 
         def ask(context: TurnContext) -> AsyncGenerator[Event, None]:
-            return self._router.stream(replace(request, messages=context.messages), turn.trail)
+            turn.request = replace(request, messages=context.messages)
+            return self._router.stream(turn.request, turn.trail)
 
         proceed: Proceed = ask
         for name, interceptor in reversed(self._interceptors):
@@ -440,7 +444,8 @@ class Turns:
         finally:
             self._running.pop(turn.id, None)
             if turn.reserved is not None:
-                turn.reserved.settle(usage.cost_usd, free=finish.rerunnable)
+                guess = 0.0 if finish.rerunnable else self._guess(turn, turn.reserved.reserve)
+                turn.reserved.settle(usage.cost_usd, guess=guess)
             turn.reply.end(
                 TurnResult(
                     turn_id=turn.id,
@@ -456,7 +461,16 @@ class Turns:
             )
         self._learn(turn, usage)
         if unsettled(trail) and not self._closing:
-            self._behind(settle(self._storage, turn.id, turn.reply.run, trail))
+            told = turn.reserved.correct if turn.reserved else None
+            self._behind(settle(self._storage, turn.id, turn.reply.run, trail, told))
+
+    def _guess(self, turn: RunningTurn, reserve: float) -> float | None:
+        """What a turn cost, for its budget, where that is not known; None without anything to go by."""
+        if turn.has_answer and not turn.trail.attempts:
+            # An interceptor answered, by means of its own.
+            return None
+        said = Said(turn.request, turn.answer_bytes)
+        return self._estimates.of(turn.trail, said, reserve=reserve)
 
     def _behind(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs `work` as a task that draining ends."""
@@ -465,7 +479,8 @@ class Turns:
         task.add_done_callback(self._trailing.discard)
 
     def _learn(self, turn: RunningTurn, usage: Usage) -> None:
-        """Lets what a provider counted of the prompt mend the estimate of a token's characters."""
+        """Lets what a provider counted and charged mend the estimates of a token's size and price."""
+        self._estimates.learn(turn.trail)
         if len(turn.trail.attempts) == 1 and usage.input_tokens and turn.prompt_chars:
             counted = min(max(turn.prompt_chars / usage.input_tokens, 1.0), 8.0)
             model = turn.chatbot.model

@@ -24,13 +24,14 @@ class EchoProvider:
     async def stream(self, request: chatd.ProviderRequest) -> AsyncGenerator[chatd.Event, None]:
         said = request.messages[-1].content if request.messages else ""
         text = self._reply.replace("{message}", said)
+        # Told first, so that it is known of an answer that is stopped too.
+        yield chatd.UsageReport(chatd.Usage(cost_usd=0.0))
         words = text.split(" ")
         for i, word in enumerate(words):
             if self._word_seconds:
                 await asyncio.sleep(self._word_seconds)
             if delta := word if i == 0 else f" {word}":
                 yield chatd.TextDelta(delta)
-        yield chatd.UsageReport(chatd.Usage(cost_usd=0.0))
         yield chatd.Finish("stop", "echo")
 
     async def check(self) -> None:

@@ -15,7 +15,7 @@ FLOORS = [
     {"hookspecs"},
     {"config", "registry"},
     {"routing", "limits", "budgets", "access", "copying"},
-    {"answering", "bookkeeping", "settling"},
+    {"answering", "bookkeeping", "settling", "estimates"},
     {"turns"},
     {"handlers"},
     {"openapi"},
@@ -42,6 +42,7 @@ DOMAIN = {
     "access",
     "limits",
     "budgets",
+    "estimates",
     "identity",
     "copying",
 }
