@@ -6,12 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, time, timedelta
 from typing import Any, Self
 
 import pytest
 
-from chatd.domain import Chatbot, new_id
+from chatd.budgets import Budgets
+from chatd.config import LimitsConfig
+from chatd.domain import Chatbot, ChatbotSettings, new_id
+from chatd.errors import BudgetExhausted
 from chatd.testing import FakeProvider
 from chatd.testing.fake_provider import Pause, http_response
 from tests.conftest import Serve
@@ -221,6 +225,27 @@ async def test_the_next_day_begins_with_a_whole_budget(
         assert [(await talk(served, bot)).status for _ in range(2)] == [200, 429]
         monkeypatch.setattr("chatd.budgets.datetime", Tomorrow)
         assert [(await talk(served, bot)).status for _ in range(2)] == [200, 429]
+
+
+async def test_a_turn_over_midnight_counts_for_the_day_it_began(serve: Serve) -> None:
+    async with priced(serve) as service:
+        served = await service.serve()
+        bot = await served.add_bot()
+        bot = replace(bot, settings=ChatbotSettings(daily_budget_usd=0.02, turn_reserve_usd=0.01))
+        night = datetime.combine(datetime.now(UTC) + timedelta(days=1), time(), UTC)
+        clock = night - timedelta(seconds=1)
+        budgets = Budgets(served.runtime.services.storage, LimitsConfig(), now=lambda: clock)
+        late = await budgets.reserve(bot)
+        assert late is not None
+        clock = night
+        # It used up its own day, and nothing of the one that it ended in.
+        late.settle(0.02)
+        early = await budgets.reserve(bot)
+        assert early is not None
+        early.settle(0.03)
+        with pytest.raises(BudgetExhausted) as refused:
+            await budgets.reserve(bot)
+        assert refused.value.retry_after == 24 * 3600
 
 
 async def test_a_refusal_says_when_the_day_ends_and_not_what_was_spent(serve: Serve) -> None:
