@@ -55,6 +55,7 @@ setup(
         "aiohttp>=3.14,<4",
         "apsw>=3.51.3",
         "click>=8.2,<9",
+        "idna>=3.7,<4",
         "jsonschema>=4.25,<5",
         "jsonschema-rs>=0.40,<1",
         "limits>=5,<6",

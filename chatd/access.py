@@ -19,6 +19,7 @@ from chatd.errors import (
     StorageUnavailable,
 )
 from chatd.identity import subject
+from chatd.origins import canonical_origin
 from chatd.storage import Storage
 
 K = TypeVar("K")
@@ -207,4 +208,8 @@ def _is_below(origin: str, pattern: str) -> bool:
 
 def _origin(url: str) -> str:
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}".lower()
+    origin = f"{parts.scheme}://{parts.netloc}".lower()
+    try:
+        return canonical_origin(origin)
+    except ValueError:
+        return origin

@@ -15,6 +15,7 @@ from dotenv import load_dotenv
 
 from chatd.breaker import BreakerSettings
 from chatd.errors import ConfigError
+from chatd.origins import canonical_origin
 from chatd.prices import Price
 from chatd.provider import Retries, Timeouts
 from chatd.validation import MAX_DEPTH, Path, Schema, did_you_mean, schema
@@ -326,8 +327,18 @@ class ConfigFile:
     def _core_faults(self) -> None:
         if self.values is None and self._faults:
             return
+        told = set()
         for path, text in schema("config").faults(self.values):
+            told.add(path)
             self._add(self._faults, path, text)
+        given = self._part("server").get("allowed_origins")
+        origins: list[Any] = given if isinstance(given, list) else []
+        for i, origin in enumerate(origins):
+            path = ("server", "allowed_origins", i)
+            try:
+                origins[i] = canonical_origin(origin) if path not in told else origin
+            except ValueError as error:
+                self._add(self._faults, path, str(error))
 
     def _plugin_faults(self, offers: Offers) -> list[tuple[int, str]]:
         faults: list[tuple[int, str]] = []

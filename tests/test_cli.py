@@ -454,9 +454,14 @@ BAD_VALUES = [
     ("--temperature", "2.1", "--temperature: must be at most 2"),
     ("--temperature", "nan", "--temperature: must be"),
     ("--allow-tools", "maybe", "--allow-tools: must be yes or no"),
-    ("--allowed-origin", "https://a.example/path", "--allowed-origin: must be an origin"),
-    ("--allowed-origin", "https://a.*.example", "--allowed-origin: must be an origin"),
-    ("--allowed-origin", "https://*.com", "--allowed-origin: must be an origin"),
+    *(
+        ("--allowed-origin", origin, f"--allowed-origin {origin}: must {told}")
+        for origin, told in [
+            ("https://a.example/path", "be an origin like"),
+            ("https://a.*.example", "be an origin like"),
+            ("https://*.com", "have two labels at least after the *"),
+        ]
+    ),
     ("--limit", "turns_per_ip=many", "--limit turns_per_ip: must be like 20/minute"),
     ("--limit", "turns_per_ip=0/minute", "--limit turns_per_ip: must be like 20/minute"),
     ("--limit", "turns_per_op=5/minute", '--limit turns_per_op: unknown key, did you mean "turns'),
@@ -493,6 +498,13 @@ def test_a_bad_value_is_told_in_a_sentence(tmp_path: Path) -> None:
         assert done.stderr.startswith(f"chatd: {told}")
         assert "Traceback" not in done.stderr
     assert listed(tmp_path) == []
+
+
+def test_an_allowed_origin_is_stored_as_browsers_send_it(tmp_path: Path) -> None:
+    given = ["HTTPS://WWW.Example.com:443", "https://www.example.com", "https://Bücher.example"]
+    options = [word for origin in given for word in ("--allowed-origin", origin)]
+    bot = added(tmp_path, *options)
+    assert bot["allowed_origins"] == ["https://www.example.com", "https://xn--bcher-kva.example"]
 
 
 def test_a_taken_id_or_key_is_refused(tmp_path: Path) -> None:

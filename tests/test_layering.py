@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"domain", "errors", "sse", "logs", "watchdog"},
-    {"validation", "schemas", "http_errors"},
+    {"validation", "schemas", "http_errors", "origins"},
     {"storage", "provider", "breaker", "prices", "identity"},
     {"interceptor", "reply", "racing", "http_provider"},
     {"offers"},

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from chatd.domain import new_id
+from chatd.errors import ConfigError
+from chatd.origins import canonical_origin
 from tests.conftest import Serve
 from tests.support import ECHO_CONFIG, Answer, Served
 from tests.test_http import assert_problem
@@ -74,6 +76,64 @@ async def test_a_star_stands_for_nothing_else(served: Served, origin: str) -> No
     answer = await begin(served, bot.id, origin)
     assert_problem(answer, 403, "origin_not_allowed")
     assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ("https://a.example", "https://a.example"),
+        ("HTTPS://A.Example", "https://a.example"),
+        ("https://a.example:443", "https://a.example"),
+        ("https://a.example:0443", "https://a.example"),
+        ("http://a.example:80", "http://a.example"),
+        ("http://a.example:443", "http://a.example:443"),
+        ("https://Straße.example", "https://xn--strae-oqa.example"),
+        ("https://*.Bücher.example:8443", "https://*.xn--bcher-kva.example:8443"),
+        ("http://[0:0::1]:8000", "http://[::1]:8000"),
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://localhost", "http://localhost"),
+        ("capacitor://localhost", "capacitor://localhost"),
+        ("*", "*"),
+        ("null", "null"),
+    ],
+)
+def test_an_origin_is_folded_to_what_browsers_send(written: str, sent: str) -> None:
+    assert canonical_origin(written) == sent
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("a.example", "an origin like"),
+        ("https://", "an origin like"),
+        ("https://a.example/", "an origin like"),
+        ("https://ann@a.example", "an origin like"),
+        ("https://a b.example", "an origin like"),
+        ("https://a..example", "an origin like"),
+        ("https://a%62.example", "an origin like"),
+        ("https://*.*.example", "an origin like"),
+        ("https://a.example:65536", "at most 65535"),
+        ("https://a.example:x", "an origin like"),
+        ("https://[::x]", "an origin like"),
+        ("https://[1::2::3]", "an IPv6 address"),
+        ("https://127.1", "four numbers"),
+        ("https://*.com", "two labels"),
+        ("https://*.com.:443", "two labels"),
+        ("https://*.127.0.0.1", "not an address"),
+        ("https://\u2764.example", "with xn--"),
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused(written: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        canonical_origin(written)
+
+
+async def test_the_servers_list_is_folded_as_well(serve: Serve) -> None:
+    served = await serve(ECHO_CONFIG.replace("https://site.example", "https://SITE.example:443"))
+    bot = await served.add_bot()
+    assert (await begin(served, bot.id, "https://site.example")).status == 200
+    with pytest.raises(ConfigError, match=r"server\.allowed_origins\[0\]: must have two labels"):
+        await serve(ECHO_CONFIG.replace("https://site.example", "https://*.com.:443"))
 
 
 async def test_a_missing_origin_is_refused_when_the_chatbot_has_a_list(served: Served) -> None:

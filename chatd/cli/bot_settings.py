@@ -13,6 +13,7 @@ import click
 from chatd.answering import storable
 from chatd.domain import ChatbotSettings
 from chatd.errors import ChatdError, MalformedRequest
+from chatd.origins import canonical_origin
 from chatd.registry import Registry
 from chatd.validation import did_you_mean, parse_json, pointer, schema
 
@@ -140,6 +141,8 @@ def _typed(name: str, value: Any) -> Any:
     default = getattr(ChatbotSettings(), name)
     if isinstance(value, tuple):
         given = [_storable(name, text) for text in value]
+        if name == "allowed_origins" and given != ["default"]:
+            given = list(dict.fromkeys(map(_origin, given)))
         return given if given != ["default"] else None if default is None else list(default)
     if name == "system_prompt":
         return _text("--system-prompt", value) or None
@@ -159,6 +162,13 @@ def _typed(name: str, value: Any) -> Any:
     except ValueError:
         return value
     return number if math.isfinite(number) else value
+
+
+def _origin(text: str) -> str:
+    try:
+        return canonical_origin(text)
+    except ValueError as error:
+        raise BadValue(f"--allowed-origin {text}: {error}") from None
 
 
 def _text(option: str, value: str) -> str:
