@@ -181,9 +181,11 @@ class Session:
     created_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
-    """Something said, as the model is given it.
+    """Something said, as the model is given it; nobody changes one.
+
+    Not frozen: each message of the history is made anew for each turn, at four times the cost.
 
     `content` is the text, and all that is stored. `parts` is the whole of a message that is more
     than text, `tool_calls` are those of an assistant and `tool_call_id` names the one that a
@@ -199,6 +201,8 @@ class Message:
     @property
     def cost_chars(self) -> int:
         """What the message takes of a context budget, in characters."""
+        if self.parts is None and self.tool_calls is None:
+            return len(self.content) + MESSAGE_OVERHEAD_CHARS
         images = sum(1 for part in self.parts or () if part.get("type") != "text")
         calls = len(json.dumps(self.tool_calls)) if self.tool_calls else 0
         return len(self.content) + images * IMAGE_CHARS + calls + MESSAGE_OVERHEAD_CHARS

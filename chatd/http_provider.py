@@ -8,7 +8,10 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import aiohttp
 import orjson
@@ -42,6 +45,10 @@ GET_SECONDS = 10.0
 """How long `get` waits for its whole answer."""
 
 _Kind = ProviderErrorKind
+_JSON = {"Content-Type": "application/json"}
+_was_used: ContextVar[bool] = ContextVar("was_used", default=False)
+"""Whether the connection of the request that was sent last had been used before."""
+
 _NAME = re.compile(r"[ -~]{1,200}")
 _NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _DIED = (
@@ -110,9 +117,11 @@ class HttpAnswer(ABC):
     def json(data: bytes) -> dict[str, Any]:
         """A chunk's JSON; an object. Raises `ProviderError`."""
         try:
-            value = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            value = _lenient(data)
+            value = _loads(data)
+        except (ValueError, RecursionError):
+            raise ProviderError(
+                _Kind.PROTOCOL, "a chunk that is not JSON", reached_model=True
+            ) from None
         return value if isinstance(value, dict) else _object(value)
 
     @staticmethod
@@ -134,14 +143,20 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _lenient(data: bytes) -> Any:
-    """What orjson refuses and other readers take: half a character of a pair, NaN."""
+def _loads(data: bytes) -> Any:
+    """A document's value, also of what orjson refuses and others take: half a character, NaN."""
     try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
         return json.loads(data)
-    except (ValueError, RecursionError):
-        raise ProviderError(
-            _Kind.PROTOCOL, "a chunk that is not JSON", reached_model=True
-        ) from None
+
+
+def _json_bytes(value: Any) -> bytes:
+    """A value as JSON, also one that orjson refuses: a number of more than 64 bits."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return json.dumps(value).encode()
 
 
 class HttpProvider(ABC):
@@ -167,7 +182,7 @@ class HttpProvider(ABC):
     ) -> None:
         self._base_url = base_url.rstrip("/")
         self._secrets = tuple(secret for secret in secrets if secret)
-        self._http = _session(headers, aiohttp.TCPConnector(limit=0))
+        self._http = _session(headers, _Connector())
         # Each of its requests has a connection of its own.
         self._unpooled = _session(headers, aiohttp.TCPConnector(limit=0, force_close=True))
 
@@ -238,14 +253,14 @@ class HttpProvider(ABC):
         self, method: str, path: str, body: Mapping[str, Any] | None, connect: float
     ) -> aiohttp.ClientResponse:
         """The answer's head. Sent again on a new connection if a kept one had died meanwhile."""
-        data = None if body is None else json.dumps(body).encode()
-        used = _Used()
+        data = None if body is None else _json_bytes(body)
+        _was_used.set(False)
         try:
-            return await self._request(self._http, method, path, data, connect, used)
+            return await self._request(self._http, method, path, data, connect)
         except _DIED as error:
-            if not used.before or _has_begun(error):
+            if not _was_used.get() or _has_begun(error):
                 raise
-        return await self._request(self._unpooled, method, path, data, connect, _Used())
+        return await self._request(self._unpooled, method, path, data, connect)
 
     async def _request(
         self,
@@ -254,23 +269,21 @@ class HttpProvider(ABC):
         path: str,
         data: bytes | None,
         connect: float,
-        used: _Used,
     ) -> aiohttp.ClientResponse:
         return await http.request(
             method,
             self._base_url + path,
             data=io.BytesIO(data) if data is not None and len(data) >= LARGE_BODY else data,
-            headers={} if data is None else {"Content-Type": "application/json"},
+            headers=None if data is None else _JSON,
             # A redirect would take the key to another host.
             allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=None, connect=connect),
-            trace_request_ctx=used,
+            timeout=_timeout(connect),
         )
 
     async def _json(self, response: aiohttp.ClientResponse) -> Any:
         text = await _read(response)
         try:
-            return json.loads(text)
+            return _loads(text)
         except (ValueError, RecursionError):
             raise ProviderError(
                 _Kind.PROTOCOL,
@@ -349,14 +362,29 @@ class HttpProvider(ABC):
         return cleaned(text, self._secrets, request.messages if request is not None else ())
 
 
-class _Used:
-    """Whether the connection of a request had been used before."""
+class _Connector(aiohttp.TCPConnector):
+    """A pool that says of each connection whether it was used before.
 
-    before = False
+    aiohttp's own way to learn that, tracing, costs more for a request than all that is here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(limit=0)
+        self._used: WeakSet[Any] = WeakSet()
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: list[Any], timeout: aiohttp.ClientTimeout
+    ) -> aiohttp.connector.Connection:
+        connection = await super().connect(req, traces, timeout)
+        # In the task of the request, so that the one who sends it reads it there.
+        _was_used.set(connection.protocol in self._used)
+        self._used.add(connection.protocol)
+        return connection
 
 
-async def _note_use(_session: aiohttp.ClientSession, context: Any, _params: Any) -> None:
-    context.trace_request_ctx.before = True
+@lru_cache(64)
+def _timeout(connect: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, connect=connect)
 
 
 def _has_begun(error: Exception) -> bool:
@@ -365,8 +393,6 @@ def _has_begun(error: Exception) -> bool:
 
 
 def _session(headers: Mapping[str, str], connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(_note_use)
     return aiohttp.ClientSession(
         # Nothing compressed is asked for or unpacked: a small body cannot become a huge one.
         headers={"Accept-Encoding": "identity", **headers},
@@ -374,7 +400,6 @@ def _session(headers: Mapping[str, str], connector: aiohttp.BaseConnector) -> ai
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None),
-        trace_configs=[trace],
     )
 
 
@@ -404,7 +429,7 @@ class _Pieces:
 async def _read(response: aiohttp.ClientResponse) -> bytes:
     parts: list[bytes] = []
     size = 0
-    async for part in response.content.iter_any():
+    while part := await response.content.readany():
         parts.append(part)
         size += len(part)
         if size > MAX_BODY_BYTES:

@@ -701,6 +701,9 @@ def _failure(target: Target, error: BaseException) -> BaseException:
 
 async def _close(target: Target, events: AsyncGenerator[Event, None]) -> None:
     """Lets go of an answer; a provider that cannot is named, and the answer stands."""
+    if getattr(events, "ag_frame", events) is None:
+        # It has ended.
+        return
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await events.aclose()

@@ -63,6 +63,8 @@ class ChatCompletions(chatd.HttpProvider):
 
 def _message(message: chatd.Message) -> dict[str, Any]:
     """A message's JSON."""
+    if message.parts is None and message.tool_calls is None and message.tool_call_id is None:
+        return {"role": message.role, "content": message.content}
     value: dict[str, Any] = {"role": message.role, "content": message.whole}
     if message.tool_calls:
         value["content"] = message.whole or None

@@ -16,6 +16,7 @@ import chatd
 
 T = TypeVar("T")
 Work = Callable[[apsw.Connection], Any]
+Outcome = tuple[asyncio.Future[Any], Any, BaseException | None]
 
 
 MAX_GROUP = 256
@@ -45,8 +46,9 @@ def unavailable(error: apsw.Error, path: Path) -> chatd.StorageUnavailable:
 class Connection(threading.Thread):
     """A connection on a thread of its own, which runs what is submitted, in order.
 
-    :param write: whether what waits is run in one transaction, each piece in a savepoint, so
-        that one piece's failure never undoes another's work.
+    :param write: whether what waits is run in one transaction. One piece's failure never undoes
+        another's work: when a piece fails that has changed something, all are run once more, each
+        in a savepoint of its own.
     """
 
     def __init__(self, path: Path, open: Callable[[], apsw.Connection], *, write: bool) -> None:
@@ -107,54 +109,74 @@ class Connection(threading.Thread):
 
     def _run_group(
         self, connection: apsw.Connection, group: Sequence[tuple[asyncio.Future[Any], Work]]
-    ) -> list[tuple[asyncio.Future[Any], Any, BaseException | None]]:
-        outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
+    ) -> Sequence[Outcome]:
         try:
-            if self._write:
+            if not self._write:
+                return [(future, *self._run_one(connection, work)) for future, work in group]
+            connection.execute("BEGIN IMMEDIATE")
+            outcomes = self._run_together(connection, group)
+            if outcomes is None:
+                connection.execute("ROLLBACK")
                 connection.execute("BEGIN IMMEDIATE")
-            for future, work in group:
-                # What nobody waits for any more is not done: its caller was told so.
-                if not future.done():
-                    outcomes.append((future, *self._run_one(connection, work)))
-            if self._write:
-                connection.execute("COMMIT")
+                outcomes = self._run_apart(connection, group)
+            connection.execute("COMMIT")
         except Exception as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             return [(future, None, self._translated(error)) for future, _ in group]
         return outcomes
 
+    def _run_together(
+        self, connection: apsw.Connection, group: Sequence[tuple[asyncio.Future[Any], Work]]
+    ) -> Sequence[Outcome] | None:
+        """Runs a group as if nothing fails, which is cheapest; None when a piece failed half-way."""
+        outcomes: list[Outcome] = []
+        for future, work in group:
+            # What nobody waits for any more is not done: its caller was told so.
+            if future.done():
+                continue
+            before = connection.total_changes()
+            result, error = self._run_one(connection, work)
+            if error is not None and connection.total_changes() != before:
+                return None
+            outcomes.append((future, result, error))
+        return outcomes
+
+    def _run_apart(
+        self, connection: apsw.Connection, group: Sequence[tuple[asyncio.Future[Any], Work]]
+    ) -> Sequence[Outcome]:
+        """Runs each piece of a group in a savepoint."""
+        outcomes: list[Outcome] = []
+        for future, work in group:
+            if future.done():
+                continue
+            connection.execute("SAVEPOINT piece")
+            result, error = self._run_one(connection, work)
+            if error is not None:
+                connection.execute("ROLLBACK TO piece")
+            connection.execute("RELEASE piece")
+            outcomes.append((future, result, error))
+        return outcomes
+
     def _run_one(self, connection: apsw.Connection, work: Work) -> tuple[Any, BaseException | None]:
-        if not self._write:
-            try:
-                return work(connection), None
-            except Exception as error:
-                return None, self._translated(error)
-        connection.execute("SAVEPOINT piece")
         try:
-            result = work(connection)
+            return work(connection), None
         except Exception as error:
-            if not connection.in_transaction:
+            if self._write and not connection.in_transaction:
                 # SQLite itself undid the whole transaction (disk full, I/O error).
                 raise
-            connection.execute("ROLLBACK TO piece")
-            connection.execute("RELEASE piece")
             return None, self._translated(error)
-        connection.execute("RELEASE piece")
-        return result, None
 
     def _translated(self, error: Exception) -> Exception:
         return unavailable(error, self._path) if isinstance(error, apsw.Error) else error
 
-    def _deliver(
-        self, outcomes: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]
-    ) -> None:
+    def _deliver(self, outcomes: Iterable[Outcome]) -> None:
         # The loop may be gone when a process ends in mid-operation; nobody waits then.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(_resolve, outcomes)
 
 
-def _resolve(outcomes: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+def _resolve(outcomes: Iterable[Outcome]) -> None:
     for future, result, error in outcomes:
         if future.done():
             continue

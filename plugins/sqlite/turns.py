@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import apsw
@@ -28,36 +27,44 @@ def require_session(db: apsw.Connection, session_id: str, chatbot_id: str) -> st
     return row[0]
 
 
+_STATE = (
+    "SELECT s.user_id, r.turn_id, r.lease_until <= unixepoch('subsec'), r.run,"
+    " e.turn_id IS NOT NULL,"
+    " (SELECT max(seq) FROM turns WHERE session_id = s.session_id)"
+    " FROM sessions s"
+    " LEFT JOIN turns r ON r.session_id = s.session_id AND r.status = 'running'"
+    " LEFT JOIN turns e ON e.turn_id = ?3 AND e.session_id = s.session_id"
+    " WHERE s.session_id = ?1 AND s.chatbot_id = ?2"
+)
+
+
 def begin_turn(
     db: apsw.Connection, request: chatd.BeginTurn
 ) -> chatd.BegunTurn | chatd.ExistingTurn:
     """As `chatd.Storage.begin_turn`."""
-    user_id = require_session(db, request.session_id, request.chatbot_id)
-    session = request.session_id
-    running = db.execute(
-        "SELECT turn_id, lease_until <= unixepoch('subsec') FROM turns"
-        " WHERE session_id = ? AND status = 'running'",
-        (session,),
-    ).fetchone()
-    if running and running[1]:
-        db.execute(INTERRUPT + " AND turn_id = ?", (running[0],))
+    session, turn_id = request.session_id, request.turn_id
+    state = db.execute(_STATE, (session, request.chatbot_id, turn_id)).fetchone()
+    if state is None:
+        raise chatd.NotFound
+    user_id, running, has_lapsed, run, is_known, newest = state
+    if running and has_lapsed:
+        db.execute(INTERRUPT + " AND turn_id = ?", (running,))
         running = None
-    if running and running[0] == request.turn_id:
-        return _begun(db, request, request.turn_id, user_id)
-    ended = stored_turn(db, "t.turn_id = ? AND t.session_id = ?", request.turn_id, session)
-    if ended is not None:
+    if running == turn_id:
+        return _begun(db, request, turn_id, user_id, run)
+    if is_known and (ended := stored_turn(db, "t.turn_id = ?", turn_id)) is not None:
         return chatd.ExistingTurn(ended)
     if request.idempotency_key is not None and (known := _known(db, request, user_id)):
         return known
     if running:
-        raise chatd.TurnInProgress(turn_id=running[0])
+        raise chatd.TurnInProgress(turn_id=running)
     db.execute(
         "INSERT INTO turns (turn_id, seq, session_id, status, label, idempotency_key,"
         " request_hash, lease_until)"
-        " VALUES (?1, 1 + coalesce((SELECT max(seq) FROM turns WHERE session_id = ?2), 0), ?2,"
-        " 'running', ?3, ?4, ?5, unixepoch('subsec') + ?6)",
+        " VALUES (?, ?, ?, 'running', ?, ?, ?, unixepoch('subsec') + ?)",
         (
-            request.turn_id,
+            turn_id,
+            (newest or 0) + 1,
             session,
             request.label,
             request.idempotency_key,
@@ -68,9 +75,9 @@ def begin_turn(
     for message in request.messages:
         db.execute(
             "INSERT INTO conversations (session_id, role, content, turn_id) VALUES (?, ?, ?, ?)",
-            (session, message.role, message.content, request.turn_id),
+            (session, message.role, message.content, turn_id),
         )
-    return _begun(db, request, request.turn_id, user_id)
+    return _begun(db, request, turn_id, user_id, 1)
 
 
 def _known(
@@ -89,12 +96,13 @@ def _known(
     same = request_hash == request.request_hash
     if rerunnable or (status == "interrupted" and reply_id is None):
         if same and newest:
-            db.execute(
+            run = db.execute(
                 "UPDATE turns SET status = 'running', run = run + 1, rerunnable = 0, error_code = NULL,"
-                " stop_asked = 0, finished_at = NULL, lease_until = unixepoch('subsec') + ? WHERE turn_id = ?",
+                " stop_asked = 0, finished_at = NULL, lease_until = unixepoch('subsec') + ?"
+                " WHERE turn_id = ? RETURNING run",
                 (request.lease_seconds, turn_id),
-            )
-            return _begun(db, request, turn_id, user_id)
+            ).get
+            return _begun(db, request, turn_id, user_id, run)
         db.execute("UPDATE turns SET idempotency_key = NULL WHERE turn_id = ?", (turn_id,))
         return None
     if not same:
@@ -110,7 +118,7 @@ def stored_turn(db: apsw.Connection, where: str, *values: str) -> chatd.TurnReco
 
 
 def _begun(
-    db: apsw.Connection, request: chatd.BeginTurn, turn_id: str, user_id: str | None
+    db: apsw.Connection, request: chatd.BeginTurn, turn_id: str, user_id: str | None, run: int
 ) -> chatd.BegunTurn:
     """The history before `turn_id`: the newest whole turns that fit, oldest first."""
     rows = db.execute(
@@ -133,8 +141,8 @@ def _begun(
             del history[whole:]
             break
         history.append(message)
-    run = db.execute("SELECT run FROM turns WHERE turn_id = ?", (turn_id,)).get
-    return chatd.BegunTurn(turn_id, history[::-1], truncated, user_id, run)
+    history.reverse()
+    return chatd.BegunTurn(turn_id, history, truncated, user_id, run)
 
 
 def finish_turn(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
@@ -155,7 +163,7 @@ def finish_turn(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
             return bool(status == result.status)
         if not newest:
             return False
-    reply_id = None
+    reply_id, usage = None, result.usage
     if result.reply:
         db.execute(
             "INSERT INTO conversations (session_id, role, content, turn_id)"
@@ -176,7 +184,11 @@ def finish_turn(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
             result.provider,
             result.finish_reason,
             result.error_code,
-            *dataclasses.astuple(result.usage),
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cached_tokens,
+            usage.reasoning_tokens,
+            usage.cost_usd,
             json.dumps(list(result.attempts)),
             result.history_truncated,
             result.side,
