@@ -67,7 +67,10 @@ setup(
         "PyYAML>=6.0.2,<7",
         "tornado>=6.5.5,<7",
     ],
-    extras_require={"postgres": ["asyncpg>=0.30,<1"]},
+    extras_require={
+        "postgres": ["asyncpg>=0.30,<1"],
+        "uvloop": ["uvloop>=0.21,<1; sys_platform != 'win32'"],
+    },
     entry_points={
         "console_scripts": ["chatd = chatd.cli:main"],
         "chatd": [f"{name} = chatd_plugins.{name}" for name in BUNDLED_PLUGINS],

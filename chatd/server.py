@@ -21,6 +21,7 @@ from chatd.errors import ChatdError
 from chatd.racing import hung_up
 from chatd.registry import Registry
 from chatd.routing import CLOSE_SECONDS
+from chatd.tuning import settle
 from chatd.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ async def serve(config: Config, registry: Registry, ready: Ready) -> None:
             body_timeout=config.server.body_timeout,
         )
         server.add_sockets(sockets)
+        settle()
         ready(sockets[0].getsockname()[1], made)
         await signals.stopping.wait()
         log.info("stopping: running turns have %s s to finish", config.server.drain_seconds)

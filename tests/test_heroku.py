@@ -100,7 +100,7 @@ def test_the_release_phase_takes_sqlite_where_losing_everything_is_fine(tmp_path
 
 def test_the_buildpack_finds_what_it_needs() -> None:
     assert (ROOT / "requirements.txt").read_text().split("\n#")[0]
-    assert re.search(r"^\.$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert re.search(r"^\.\[uvloop\]$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert (ROOT / ".python-version").read_text().strip() == "3.11"
     app = json.loads((ROOT / "app.json").read_text())
     assert "OPENROUTER_API_KEY" in app["env"]

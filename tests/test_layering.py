@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"domain", "errors", "sse", "logs", "watchdog"},
+    {"domain", "errors", "sse", "logs", "watchdog", "tuning"},
     {"validation", "schemas", "http_errors", "origins"},
     {"storage", "provider", "breaker", "prices", "identity"},
     {"interceptor", "reply", "racing", "http_provider"},

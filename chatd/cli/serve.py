@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 from pathlib import Path
 
 import click
 
-from chatd import logs
+from chatd import logs, tuning
 from chatd.app import load
 from chatd.cli.common import config_option, configured, reports_errors
 from chatd.config import Config
@@ -38,7 +37,7 @@ def serve(config_path: Path | None, host: str | None, port: int | None) -> None:
     )
     config = dataclasses.replace(config, server=server)
     logs.set_up(config.log_level)
-    asyncio.run(
+    tuning.run(
         serve_until_stopped(
             config, registry, lambda port, made: _greet(config, registry, path, port, made)
         )
