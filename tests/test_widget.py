@@ -385,7 +385,10 @@ def test_what_is_said_in_two_windows_at_once_is_answered_one_after_the_other(
     first.say("to begin")
     expect(first.theirs).to_have_text("to begin")
     first.is_idle()
-    second = opened(watched.page.context.new_page(), url)
+    page = watched.page.context.new_page()
+    # It does not hear of the other one by itself.
+    page.add_init_script("addEventListener('storage', (e) => e.stopImmediatePropagation(), true)")
+    second = opened(page, url)
     expect(second.mine).to_have_text("to begin")
     first.say(WORDS)
     expect(first.theirs.last).to_contain_text("word1")
