@@ -135,6 +135,7 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
       view.onReset();
       // The key remembers how it ended. Where that is not known it gives the rest.
       if (question.told) delete question.key;
+      question.told = false;
     }
     await ask(question);
   }
@@ -311,7 +312,6 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
 
   function fail(question: Message, answer: Message, error: unknown): void {
     const { code, retryAfter } = error as ApiError;
-    question.told = code !== "unreachable";
     if (answer.text) {
       // What was said is worth keeping, and is what the server keeps.
       answer.note = "broken";
@@ -356,7 +356,10 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
         }
       } catch (error) {
         if (error instanceof ApiError) {
-          if (!replayed || !question.told || answer.text) throw error;
+          if (!replayed || !question.told || answer.text) {
+            question.told = true;
+            throw error;
+          }
           // The failure is what the key remembers by now. Another key asks anew.
           question.key = newKey();
           question.told = false;
