@@ -25,7 +25,6 @@ export interface Page {
 export class ApiError extends Error {
   constructor(
     readonly code: string,
-    readonly status = 0,
     /** In seconds; 0 when the server did not say. */
     readonly retryAfter = 0,
   ) {
@@ -93,12 +92,7 @@ export class Api {
     patience = PATIENCE_MS,
   ): Promise<T> {
     const signal = AbortSignal.timeout(patience);
-    const response = await this.#ask(method, path, { ...more, signal });
-    try {
-      return (await response.json()) as T;
-    } catch {
-      throw new ApiError("unreachable");
-    }
+    return (await this.#ask(method, path, { ...more, signal })).json() as Promise<T>;
   }
 
   async #ask(method: string, path: string, asked: Asked): Promise<Response> {
@@ -126,7 +120,7 @@ export class Api {
     const wait = Number(response.headers.get("Retry-After"));
     // What is not chatd's comes from something in front of it.
     const code = problem.code ?? (response.status === 429 ? "rate_limited" : "unavailable");
-    throw new ApiError(code, response.status, wait > 0 ? wait : 0);
+    throw new ApiError(code, wait > 0 ? wait : 0);
   }
 }
 

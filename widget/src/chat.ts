@@ -1,23 +1,9 @@
 /** One visitor's conversation: what was said, what is being answered, and what is wrong. No DOM. */
-import { Api, ApiError, type StoredMessage } from "./api";
+import { Api, ApiError, type Page } from "./api";
 import type { Word } from "./i18n";
+import { type Message, newKey, pause, shown, unsaid, wordFor } from "./message";
 import { type ServerEvent, readEvents } from "./sse";
 import { type Kept, Store, visitorOf } from "./store";
-
-export interface Message {
-  readonly role: "user" | "assistant";
-  text: string;
-  /** `waiting` is before the first word; a question that is `failed` can be sent again. */
-  state: "waiting" | "writing" | "done" | "failed";
-  /** What is to be said about it. */
-  note?: Word | undefined;
-  /** The id of the stored message, where it is known. */
-  id?: string;
-  /** The idempotency key that it was sent with. */
-  key?: string;
-  /** Whether the server said itself that it failed, so that the same key may only say so again. */
-  told?: boolean;
-}
 
 /** Something about the whole conversation. `until` is when it is over, in milliseconds. */
 export interface Notice {
@@ -56,11 +42,16 @@ export interface Chat {
   notice: Notice | undefined;
   /** Shows what was said before, and goes on with what is being answered. Once, however often asked. */
   load(): Promise<void>;
+  /** Loads; once that is done, shows what was said in other windows since. */
+  look(): Promise<void>;
   /** Says something. Resolves when it is answered, or cannot be. */
   send(text: string): Promise<void>;
-  /** Sends a message again that failed. It is not said twice, whatever became of it the first time. */
-  retry(question: Message): Promise<void>;
-  /** Ends the answer; what was said so far is kept. */
+  /**
+   * Sends a message again that failed, or the one whose answer this is, which broke off. It is not
+   * said twice, unless the server told itself that this is all that there will be.
+   */
+  retry(message: Message): Promise<void>;
+  /** Ends the answer; what was said so far is kept. What was not sent yet is not sent any more. */
   stop(): void;
   /** Shows the page of messages before those that are shown. */
   loadOlder(): Promise<void>;
@@ -81,6 +72,10 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
   let abort = new AbortController();
   let turn = "";
   let stopping = false;
+  /** Whether the server may have the message that is to be answered. */
+  let sent = false;
+  /** Counts what changes the list, so that a look at the server that was overtaken shows nothing. */
+  let changes = 0;
   const chat: Chat = {
     messages: [],
     busy: false,
@@ -88,6 +83,7 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     older: null,
     notice: undefined,
     load,
+    look,
     send,
     retry,
     stop,
@@ -110,17 +106,14 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
       return;
     }
     leave();
-    if (source) {
-      await identify();
-      store.keepOnly(visitor);
-    } else {
-      store.keepOnly(null);
-    }
-    kept = store.read(visitor);
+    // Who it is may not be known yet. Whoever it was is gone all the same.
+    await identify().catch(() => undefined);
+    store.keepOnly(visitor);
+    kept = store.read(visitor) ?? {};
   }
 
   async function reset(): Promise<void> {
-    await identify();
+    await identify().catch(() => undefined);
     store.write(visitor, {});
     leave();
   }
@@ -133,8 +126,18 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     await ask(question);
   }
 
-  async function retry(question: Message): Promise<void> {
-    if (!chat.busy && question.state === "failed") await ask(question);
+  async function retry(message: Message): Promise<void> {
+    const at = chat.messages.indexOf(message);
+    const question = message.role === "user" ? message : chat.messages[at - 1];
+    if (chat.busy || !question) return;
+    if (question !== message) {
+      chat.messages.splice(at, 1);
+      view.onReset();
+      // The key remembers how it ended. Where that is not known it gives the rest.
+      if (question.told) delete question.key;
+      question.told = false;
+    }
+    await ask(question);
   }
 
   function stop(): void {
@@ -144,6 +147,9 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     if (turn && session) {
       // When this does not get through, the answer goes on and can be stopped again.
       api.stop(session, turn).catch(() => (stopping = false));
+    } else if (!sent) {
+      abort.abort();
+      abort = new AbortController();
     }
   }
 
@@ -157,6 +163,8 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
   }
 
   function leave(): void {
+    changes++;
+    stopping = false;
     abort.abort();
     abort = new AbortController();
     ready = undefined;
@@ -179,31 +187,21 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     if (asked !== source) return;
     api.token = token ?? undefined;
     visitor = visitorOf(api.token);
-    kept = store.read(visitor);
+    kept = store.read(visitor) ?? {};
   }
 
   async function recollect(signal: AbortSignal): Promise<void> {
     try {
       await identify();
       if (chat.notice?.word === "failed") say(undefined);
-      const { session, pending } = kept;
+      const { session } = kept;
       chat.isLoaded = !session;
       if (signal.aborted || !session) return;
       const page = await patiently(signal, () => api.history(session));
       const running = await patiently(signal, () => api.running(session, signal));
       if (signal.aborted) return;
-      chat.messages = shown(page.data);
-      chat.older = page.next_cursor;
-      chat.isLoaded = true;
-      view.onReset();
-      const last = chat.messages.at(-1);
-      const question = last?.role === "user" ? last : undefined;
-      if (running.status !== 204) {
-        // Not waited for: what was said before is there.
-        void answer(question ?? unsaid(pending?.text ?? ""), running);
-      } else if (pending) {
-        recall(pending, question);
-      }
+      // Not waited for when it is being answered: what was said before is there.
+      void show(page, running).then(recall);
     } catch (error) {
       if (signal.aborted) return;
       const { code } = error as ApiError;
@@ -218,14 +216,54 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     }
   }
 
-  /** What was sent before the page was left, and has no answer: it can be sent again. */
-  function recall(pending: { text: string; key: string }, last?: Message): void {
-    if (last?.text !== pending.text) {
-      const isAnswered = chat.messages.at(-2)?.text === pending.text;
-      if (isAnswered) return keep({ session: kept.session });
-      chat.messages.push((last = unsaid(pending.text)));
+  async function look(): Promise<void> {
+    if (!chat.isLoaded) return load();
+    if (chat.busy || chat.messages.at(-1)?.state === "failed") return;
+    const now = ++changes;
+    const { signal } = abort;
+    // Another window may have begun a new conversation, or somebody logged out there.
+    const { session } = (kept = store.read(visitor) ?? kept);
+    try {
+      const page = session ? await api.history(session) : { data: [], next_cursor: null };
+      const running = session ? await api.running(session, signal) : undefined;
+      if (now === changes) await show(page, running);
+    } catch {
+      // What is there stays. The next look, or the next message, finds out more.
     }
-    view.onMessage(Object.assign(last, { key: pending.key, state: "failed", note: "failed" }));
+  }
+
+  /** Shows what the server has stored, and follows the turn that runs, if one does. */
+  async function show(page: Page, running?: Response): Promise<void> {
+    const now = shown(page.data);
+    const before = chat.messages.slice(-now.length);
+    if (!now.length || now.some(({ text }, i) => text !== before[i]?.text)) {
+      chat.messages = now;
+      chat.older = page.next_cursor;
+      view.onReset();
+    }
+    chat.isLoaded = true;
+    const last = chat.messages.at(-1);
+    const question = last?.role === "user" ? last : unsaid("");
+    if (!running || running.status === 204) return;
+    if (question.text === kept.pending?.text) question.key = kept.pending.key;
+    await answer(question, running);
+  }
+
+  /** What was sent before the page was left, and did not arrive: it can be sent again. */
+  function recall(): void {
+    const { messages } = chat;
+    const { pending } = kept;
+    if (!pending || chat.busy) return;
+    const { text, key, after } = pending;
+    let last = messages.at(-1);
+    if (last?.role !== "user" || last.text !== text) {
+      const since = messages.slice(messages.findLastIndex(({ turn }) => turn === after) + 1);
+      if (since.some((message) => message.role === "user" && message.text === text)) {
+        return forget(key);
+      }
+      messages.push((last = unsaid(text)));
+    }
+    view.onMessage(Object.assign(last, { key, state: "failed", note: "failed" }));
   }
 
   async function ask(question: Message): Promise<void> {
@@ -242,38 +280,46 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     const answer: Message = { role: "assistant", text: "", state: "waiting" };
     turn = "";
     stopping = false;
+    sent = !!stream;
     setBusy(true);
     say(undefined);
     add(answer);
     try {
       await follow(question, answer, signal, stream);
       if (signal.aborted) return;
-      keep({ session: kept.session });
-      answer.state = "done";
-      view.onMessage(answer);
-      view.onFinished(answer);
+      question.told = true;
+      finish(question, answer);
     } catch (error) {
-      if (!signal.aborted) fail(question, answer, error);
+      if (!signal.aborted || stopping) fail(question, answer, error);
     } finally {
-      if (!signal.aborted) setBusy(false);
+      if (!signal.aborted || stopping) setBusy(false);
     }
+  }
+
+  function finish(question: Message, answer: Message): void {
+    forget(question.key);
+    answer.state = "done";
+    view.onMessage(answer);
+    view.onFinished(answer);
+  }
+
+  /** A message has arrived. That of another window may still be on its way. */
+  function forget(key?: string): void {
+    const { session } = kept;
+    kept = store.read(visitor) ?? kept;
+    if (kept.pending?.key === key) keep({ session });
   }
 
   function fail(question: Message, answer: Message, error: unknown): void {
     const { code, retryAfter } = error as ApiError;
-    question.told = code !== "unreachable";
     if (answer.text) {
       // What was said is worth keeping, and is what the server keeps.
-      keep({ session: kept.session });
-      answer.state = "done";
       answer.note = "broken";
-      view.onMessage(answer);
-      view.onFinished(answer);
-      return;
+      return finish(question, answer);
     }
     chat.messages = chat.messages.filter((message) => message !== answer);
     question.state = "failed";
-    question.note = wordFor(error);
+    question.note = stopping ? "stopped" : wordFor(error);
     view.onReset();
     view.onFinished(question);
     if (retryAfter > 0 && retryAfter <= MOST_BARRED_SECONDS && code !== "budget_exhausted") {
@@ -310,7 +356,10 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
         }
       } catch (error) {
         if (error instanceof ApiError) {
-          if (!replayed || !question.told || answer.text) throw error;
+          if (!replayed || !question.told || answer.text) {
+            question.told = true;
+            throw error;
+          }
           // The failure is what the key remembers by now. Another key asks anew.
           question.key = newKey();
           question.told = false;
@@ -333,7 +382,7 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
       case "start":
         // A turn that runs again says everything again.
         answer.text = "";
-        turn = event.messageId ?? "";
+        answer.turn = turn = event.messageId ?? "";
         if (stopping) stop();
         return false;
       case "text-delta":
@@ -349,7 +398,7 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
         answer.note = "stopped";
         return true;
       case "error":
-        throw new ApiError(event.code ?? "", 500);
+        throw new ApiError(event.code ?? "");
       default:
         return false;
     }
@@ -364,25 +413,36 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
 
   /** Sends a message, in a new session when the one that is known is gone. */
   async function post(question: Message, signal: AbortSignal): Promise<Response> {
-    const key = question.key ?? "";
-    const before = kept.session;
-    const session = await known(signal);
-    keep({ session, pending: { text: question.text, key } });
-    try {
-      return await api.say(session, question.text, key, signal);
-    } catch (error) {
-      if (!(error instanceof ApiError)) throw error;
-      if (error.code === "not_found" && before) {
-        keep({});
-        return post(question, signal);
+    const { text, key = "" } = question;
+    const after = chat.messages.findLast(({ turn }) => turn)?.turn;
+    for (let tries = 1; ; tries++) {
+      const before = kept.session;
+      const session = await known(signal);
+      keep({ session, pending: { text, key, after } });
+      try {
+        sent = true;
+        return await api.say(session, text, key, signal);
+      } catch (error) {
+        sent = false;
+        const { code } = error as ApiError;
+        if (stopping) throw error;
+        if (code === "not_found" && before) {
+          keep({});
+        } else if (code === "turn_in_progress" && tries < MOST_TRIES) {
+          await othersEnd(session, signal);
+        } else {
+          throw error;
+        }
       }
-      if (error.code === "turn_in_progress") {
-        // Another page of this visitor is being answered. Its turn comes first.
-        await pause(1500, signal);
-        return post(question, signal);
-      }
-      throw error;
     }
+  }
+
+  /** Another window of this visitor is being answered. Its turn comes first. */
+  async function othersEnd(session: string, signal: AbortSignal): Promise<void> {
+    for await (const { data } of readEvents(await api.running(session, signal))) {
+      if (data === "[DONE]") return;
+    }
+    await pause(500, signal);
   }
 
   /** Tries until there is an answer: again when nothing is heard, and once with a fresh token. */
@@ -410,6 +470,7 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
   }
 
   function add(message: Message): void {
+    changes++;
     chat.messages.push(message);
     view.onMessage(message);
   }
@@ -428,53 +489,4 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     chat.notice = notice;
     view.onNotice(notice);
   }
-}
-
-/** A random idempotency key. `randomUUID` is missing on pages without HTTPS. */
-function newKey(): string {
-  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(36)).join("-");
-}
-
-function unsaid(text: string): Message {
-  return { role: "user", text, state: "done" };
-}
-
-/** Stored messages as they are shown. A question that failed and was sent again shows once. */
-function shown(stored: readonly StoredMessage[]): Message[] {
-  return stored
-    .filter(({ role, content }, i) => {
-      const next = stored[i + 1];
-      return !(role === "user" && next?.role === "user" && next.content === content);
-    })
-    .map(({ id, role, content }) => ({ id, role, text: content, state: "done" }));
-}
-
-/** Waits with a little chance in it, so that not everybody comes at once; less when back online. */
-async function pause(ms: number, signal: AbortSignal): Promise<void> {
-  await new Promise<void>((done) => {
-    const go = (): void => {
-      clearTimeout(timer);
-      removeEventListener("online", go);
-      done();
-    };
-    const timer = setTimeout(go, ms * (0.75 + Math.random() / 2));
-    addEventListener("online", go);
-    signal.addEventListener("abort", go, { once: true });
-  });
-  signal.throwIfAborted();
-}
-
-function wordFor(error: unknown): Word {
-  const words: Record<string, Word> = {
-    budget_exhausted: "budget",
-    body_too_large: "long",
-    identity_required: "identity",
-    invalid_request: "long",
-    not_found: "absent",
-    origin_not_allowed: "absent",
-    // Where the time to wait is worth counting it is told in place of this.
-    rate_limited: "budget",
-    turn_refused: "refused",
-  };
-  return (error instanceof ApiError && words[error.code]) || "failed";
 }

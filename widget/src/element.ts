@@ -143,6 +143,9 @@ export class ChatdWidget extends HTMLElement {
     for (const event of ["resize", "scroll"]) {
       visualViewport?.addEventListener(event, () => this.#fitScreen(), { signal });
     }
+    for (const event of ["focus", "visibilitychange", "storage"]) {
+      addEventListener(event, (happened) => this.#look(happened as StorageEvent), { signal });
+    }
     this.#root.addEventListener("keydown", (event) => this.#onKey(event));
     this.#dress();
     void this.#introduce(signal);
@@ -212,15 +215,19 @@ export class ChatdWidget extends HTMLElement {
     this.#nameLauncher(open);
     this.#fitScreen();
     if (open) {
-      void panel.chat.load();
+      void panel.chat.look();
       panel.onReset();
-      // A keyboard on the screen would cover the greeting, so it comes when it is asked for.
-      const target = matchMedia("(pointer: coarse)").matches ? panel.element : panel.input;
-      if (this.#isBubble) target.focus({ preventScroll: true });
+      if (this.#isBubble) panel.focus();
     } else if (hadFocus) {
       this.#launcher?.focus({ preventScroll: true });
     }
     this.#tell(open ? "open" : "close", null);
+  }
+
+  /** Shows what was said in another window, when this one is looked at or the other one tells. */
+  #look({ key }: Partial<StorageEvent>): void {
+    const isOurs = key === undefined || key?.startsWith("chatd ");
+    if (isOurs && this.#isOpen && !document.hidden) void this.#panel?.chat.look();
   }
 
   #nameLauncher(open: boolean): void {
@@ -238,8 +245,8 @@ export class ChatdWidget extends HTMLElement {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
     root.classList.toggle("dark", theme === "dark" || (theme !== "light" && dark));
     const accent = this.getAttribute("accent") ?? this.#bot.theme?.accent ?? "";
-    root.style.setProperty("--own-accent", accent);
-    root.style.setProperty("--own-on-accent", onAccent(root));
+    root.style.setProperty("--own", accent);
+    root.style.setProperty("--ink", onAccent(root));
     const full = this.#isBubble && matchMedia(SMALL).matches;
     if (this.#isBubble) this.#panel?.element.setAttribute("aria-modal", String(full));
     this.#fitScreen();
@@ -248,8 +255,8 @@ export class ChatdWidget extends HTMLElement {
   /** On a small screen the panel is what the keyboard leaves of it. */
   #fitScreen(): void {
     const { height = innerHeight, offsetTop = 0 } = visualViewport ?? {};
-    this.#root?.style.setProperty("--screen-height", `${height}px`);
-    this.#root?.style.setProperty("--screen-top", `${offsetTop}px`);
+    this.#root?.style.setProperty("--tall", `${height}px`);
+    this.#root?.style.setProperty("--top", `${offsetTop}px`);
   }
 
   #onKey(event: KeyboardEvent): void {

@@ -46,6 +46,14 @@ const ATTRIBUTES = ["mode", "position", "theme", "size", "language", "accent", "
 
 let made: ChatdWidget | undefined;
 
+type Passed = "open" | "close" | "toggle" | "send" | "reset" | "setUser";
+
+/** What the element does when there is one. */
+function passed<Name extends Passed>(name: Name): Chatd[Name] {
+  const call = async (...given: [never]): Promise<void> => current()?.[name](...given);
+  return call as Chatd[Name];
+}
+
 const current = (): ChatdWidget | null => made ?? document.querySelector<ChatdWidget>(NAME);
 
 const chatd: Chatd = {
@@ -67,12 +75,12 @@ const chatd: Chatd = {
     });
     return element;
   },
-  open: () => current()?.open(),
-  close: () => current()?.close(),
-  toggle: () => current()?.toggle(),
-  send: async (text) => current()?.send(text),
-  reset: async () => current()?.reset(),
-  setUser: async (token) => current()?.setUser(token),
+  open: passed("open"),
+  close: passed("close"),
+  toggle: passed("toggle"),
+  send: passed("send"),
+  reset: passed("reset"),
+  setUser: passed("setUser"),
   on(event, listener) {
     const heard = (happened: Event): void => listener((happened as CustomEvent).detail);
     document.addEventListener(`chatd:${event}`, heard);

@@ -1,9 +1,10 @@
 /** The conversation on the screen: its header, its messages and where one writes. */
 import type { Api, Bot } from "./api";
-import { type Chat, type ChatView, type Message, type Notice, type TokenSource, openChat } from "./chat";
+import { type Chat, type ChatView, type Notice, type TokenSource, openChat } from "./chat";
 import { ICONS, button, make, rename } from "./dom";
 import type { Language } from "./i18n";
 import { MarkdownView } from "./markdown/view";
+import type { Message } from "./message";
 
 /** How near to its end, in pixels, a list goes on showing its end. */
 const NEAR = 60;
@@ -27,7 +28,6 @@ interface Drawing {
 /** A conversation on the screen, and the chat that it shows. */
 export interface Panel {
   readonly element: HTMLElement;
-  readonly input: HTMLTextAreaElement;
   readonly chat: Chat;
   /** Shows whose chat it is, its greeting and its suggestions. */
   introduce(bot: Bot): void;
@@ -35,6 +35,8 @@ export interface Panel {
   send(text: string): Promise<void>;
   /** Begins a new conversation. */
   reset(): Promise<void>;
+  /** Gives it the focus: where one writes, unless a keyboard on the screen would come up. */
+  focus(): void;
   /** Draws what is there, when it has not been seen before. */
   onReset(): void;
   /** Lets go of what would go on without the element. */
@@ -51,7 +53,7 @@ export function makePanel(options: PanelOptions): Panel {
     placeholder: say("input"),
     "aria-label": say("input"),
   });
-  const title = make("h2");
+  const title = make("h2", { dir: "auto" });
   const list = make("ol");
   const suggestions = make("div", { class: "suggestions" });
   const earlier = button(say("earlier"), "earlier", loadOlder);
@@ -92,7 +94,7 @@ export function makePanel(options: PanelOptions): Panel {
     if (!chat.busy) pressed();
   });
   fit();
-  return { element, input, chat, introduce, send, reset, onReset, dispose };
+  return { element, chat, introduce, send, reset, focus, onReset, dispose };
 
   function introduce(bot: Bot): void {
     const name = bot.name || "Chat";
@@ -102,7 +104,11 @@ export function makePanel(options: PanelOptions): Panel {
       ? { role: "assistant", text: bot.greeting, state: "done" }
       : undefined;
     const ask = (text: string): HTMLButtonElement =>
-      button(text, "suggestion", () => void send(text));
+      button(text, "suggestion", () => {
+        // Before it is gone, and the focus with it.
+        focus();
+        void send(text);
+      });
     suggestions.replaceChildren(...(bot.suggestions ?? []).map(ask));
     // Told before somebody writes for nothing; the server decides.
     if (bot.require_identity && !options.source) onNotice({ word: "identity" });
@@ -118,6 +124,11 @@ export function makePanel(options: PanelOptions): Panel {
     await chat.reset();
     await chat.load();
     tell("reset", null);
+  }
+
+  function focus(): void {
+    const target = matchMedia("(pointer: coarse)").matches ? element : input;
+    target.focus({ preventScroll: true });
   }
 
   function dispose(): void {
@@ -231,15 +242,17 @@ export function makePanel(options: PanelOptions): Panel {
     if (message.state === "waiting") return [make("div", { class: "dots" })];
     if (!message.note) return [];
     const note = make("p", { class: "note" }, say(message.note));
-    if (message.state === "failed") {
-      const retry = button(say("retry"), "retry", () => {
-        if (isBarred()) return;
-        input.focus();
-        void chat.retry(message);
-      });
-      note.append(retry);
+    if (message.note === "broken" || message.state === "failed") {
+      note.append(retry(() => !isBarred() && chat.retry(message)));
     }
     return [note];
+  }
+
+  function retry(press: () => unknown): HTMLButtonElement {
+    return button(say("retry"), "retry", () => {
+      focus();
+      press();
+    });
   }
 
   function showNotice(notice: Notice | undefined): void {
@@ -247,6 +260,8 @@ export function makePanel(options: PanelOptions): Panel {
     const over = !notice || (notice.until && left <= 0);
     if (over) clearInterval(ticking);
     banner.textContent = over ? "" : say(notice.word).replace("{time}", duration(left));
+    // What was said before could not be read.
+    if (banner.textContent && notice?.word === "failed") banner.append(retry(chat.load));
     fit();
   }
 
@@ -273,8 +288,8 @@ export function makePanel(options: PanelOptions): Panel {
   }
 
   function begin(): void {
+    focus();
     void reset();
-    input.focus();
   }
 
   function loadOlder(): void {

@@ -2,8 +2,8 @@
 
 export interface Kept {
   session?: string | undefined;
-  /** A message whose answer has not been seen to its end. */
-  pending?: { text: string; key: string } | undefined;
+  /** A message whose answer has not been seen to its end; `after` is the id of the turn before it. */
+  pending?: { text: string; key: string; after?: string | null | undefined } | undefined;
 }
 
 /** Storage that is full or forbidden is done without: the conversation then ends with the page. */
@@ -22,20 +22,20 @@ export class Store {
     this.#prefix = `chatd ${server} ${chatbot} `;
   }
 
-  read(visitor: string): Kept {
-    const kept: unknown = tried(() => JSON.parse(localStorage.getItem(this.#prefix + visitor) ?? ""));
-    return kept && typeof kept === "object" ? kept : {};
+  /** What is kept for a visitor; undefined where nothing can be kept. */
+  read(visitor: string): Kept | undefined {
+    return tried(() => Object(JSON.parse(localStorage.getItem(this.#prefix + visitor) ?? "0")) as Kept);
   }
 
   write(visitor: string, kept: Kept): void {
     tried(() => localStorage.setItem(this.#prefix + visitor, JSON.stringify(kept)));
   }
 
-  /** Forgets every visitor but this one, who may share the computer with others; null: everybody. */
-  keepOnly(visitor: string | null): void {
+  /** Forgets every visitor but this one, who may share the computer with others; "": everybody. */
+  keepOnly(visitor: string): void {
     tried(() => {
       for (const key of Object.keys(localStorage)) {
-        const other = visitor === null || key !== this.#prefix + visitor;
+        const other = !visitor || key !== this.#prefix + visitor;
         if (other && key.startsWith(this.#prefix)) localStorage.removeItem(key);
       }
     });
