@@ -62,6 +62,8 @@ class RunningTurn:
     answering: bool = True
     ending: TurnStatus | None = None
     task: asyncio.Task[None] | None = None
+    timer: asyncio.TimerHandle | None = None
+    is_late: bool = False
     began: bool = False
     reserved: Reservation | None = None
     _half: str = ""
@@ -113,6 +115,12 @@ class RunningTurn:
         if whole := storable(text[: -len(self._half) or None]):
             self.reply.say(whole)
 
+    def be_late(self) -> None:
+        """Ends the answering, since its time is over."""
+        if self.answering and self.ending is None and self.task is not None:
+            self.is_late = True
+            self.task.cancel()
+
     def end_early(self, status: TurnStatus) -> None:
         """Ends the answering, if it goes on; what was said is kept."""
         if self.answering and self.ending is None:
@@ -123,19 +131,14 @@ class RunningTurn:
 
 
 async def collect(
-    turn: RunningTurn, events: AsyncGenerator[Event, None], deadline: float
+    turn: RunningTurn, events: AsyncGenerator[Event, None]
 ) -> tuple[TurnStatus, RequestError | None]:
-    """Collects the answer into `turn`, and says how it ended.
-
-    :param deadline: on the event loop's clock. A plugin that does not let itself be cancelled
-        makes it later.
-    """
-    scope = asyncio.timeout_at(deadline)
+    """Collects the answer into `turn`, and says how it ended."""
     turn.began = True
     try:
         if turn.ending is not None:
             return _ended_early(turn)
-        async with scope, aclosing(events):
+        async with aclosing(events):
             async for event in events:
                 turn.take(event)
         if turn.finish is not None and turn.has_answer:
@@ -147,16 +150,20 @@ async def collect(
         if turn.ending is not None and task is not None:
             task.uncancel()
             return _ended_early(turn)
-        error = _failed(turn, cancelled)
+        if turn.is_late and task is not None:
+            task.uncancel()
+        error = _late(turn) if turn.is_late else _failed(turn, cancelled)
     except Exception as failure:
-        if scope.expired():
-            error = ProviderTimeout()
-            if turn.trail.answering is not None:
-                turn.trail.answering.fail(ProviderErrorKind.TIMEOUT, reached_model=True)
-            log.warning("turn %s: %s did not answer in time", turn.id, asked(turn))
-        else:
-            error = _failed(turn, failure)
+        error = _late(turn) if turn.is_late else _failed(turn, failure)
     return unfinished(turn), error
+
+
+def _late(turn: RunningTurn) -> RequestError:
+    """What the client is told of a deadline that passed."""
+    if turn.trail.answering is not None:
+        turn.trail.answering.fail(ProviderErrorKind.TIMEOUT, reached_model=True)
+    log.warning("turn %s: %s did not answer in time", turn.id, asked(turn))
+    return ProviderTimeout()
 
 
 def unfinished(turn: RunningTurn) -> TurnStatus:

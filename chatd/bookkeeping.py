@@ -13,6 +13,7 @@ from chatd import logs
 from chatd.domain import TurnStatus
 from chatd.errors import NotFound, StorageUnavailable
 from chatd.storage import BeginTurn, BegunTurn, ExistingTurn, FinishTurn, Renewed, Storage
+from chatd.watchdog import Patience
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Books:
         self.lease_seconds = lease_seconds
         self.unstored: dict[str, FinishTurn] = {}
         self.tasks: set[asyncio.Task[None]] = set()
+        self._beginning = Patience(BEGIN_SECONDS)
+        self._finishing = Patience(STORE_SECONDS)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs `work` as a task that draining waits for."""
@@ -54,8 +57,7 @@ class Books:
     async def begin(self, request: BeginTurn) -> BegunTurn | ExistingTurn:
         """Begins a turn. Raises `RequestError`."""
         try:
-            async with asyncio.timeout(BEGIN_SECONDS):
-                return await self._storage.begin_turn(request)
+            return await self._beginning.wait(self._storage.begin_turn(request))
         except (TimeoutError, StorageUnavailable) as error:
             # It may have begun all the same, and nobody would run it.
             self.spawn(self._take_back(request.turn_id))
@@ -68,8 +70,7 @@ class Books:
     async def finish(self, finish: FinishTurn) -> bool:
         """Stores how a turn ended; when that takes too long it goes on behind. True when stored."""
         try:
-            async with asyncio.timeout(STORE_SECONDS):
-                stored = await self._storage.finish_turn(finish)
+            stored = await self._finishing.wait(self._storage.finish_turn(finish))
         except Exception as error:
             known = isinstance(error, TimeoutError | StorageUnavailable)
             told = (error or "no answer in time") if known else logs.trace(error)

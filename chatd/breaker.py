@@ -85,14 +85,14 @@ class Breaker:
     def _bucket(self) -> int:
         return int(self._clock() / self._step)
 
-    def _tally(self, which: int) -> tuple[int, int]:
-        """Counts one that went well (0) or failed (1), and says how many did in the window."""
+    def _tally(self, which: int) -> None:
+        """Counts one that went well (0) or failed (1)."""
         now = self._bucket
-        for old in [step for step in self._counts if step <= now - BUCKETS]:
-            del self._counts[old]
-        self._counts.setdefault(now, [0, 0])[which] += 1
-        good, bad = zip(*self._counts.values(), strict=True)
-        return sum(good), sum(bad)
+        if (counts := self._counts.get(now)) is None:
+            for old in [step for step in self._counts if step <= now - BUCKETS]:
+                del self._counts[old]
+            counts = self._counts[now] = [0, 0]
+        counts[which] += 1
 
     def _succeeded(self, tries: bool) -> bool:
         closes = tries and self._opened is not None
@@ -104,7 +104,8 @@ class Breaker:
 
     def _failed(self, tries: bool) -> bool:
         self.failed_at = self._clock()
-        good, bad = self._tally(1)
+        self._tally(1)
+        good, bad = (sum(counts) for counts in zip(*self._counts.values(), strict=True))
         # Of several that were forced one may have closed it meanwhile.
         if tries and self._opened is not None:
             self._opened, self._probing = self.failed_at, False

@@ -79,4 +79,8 @@ def log_request(fields: Mapping[str, Any]) -> None:
     """Logs a request that was answered: names, numbers and ids, never what was said."""
     status = fields["status"]
     level = logging.ERROR if status >= 500 else logging.INFO
-    access_log.log(level, "request", extra={"fields": fields})
+    if access_log.isEnabledFor(level):
+        # As `access_log.log` does, but for looking where it was called from.
+        record = logging.LogRecord(access_log.name, level, "", 0, "request", (), None)
+        record.fields = fields
+        access_log.handle(record)

@@ -77,9 +77,18 @@ class ProviderRequest:
 
 def needs(messages: Sequence[Message], parameters: Mapping[str, Any]) -> frozenset[str]:
     """What a provider must take to be asked this: `tools`, `images`."""
-    tools = parameters.get("tools") or any(m.tool_calls or m.role == "tool" for m in messages)
-    images = any(m.parts for m in messages)
+    tools, images = bool(parameters.get("tools")), False
+    for message in messages:
+        if message.tool_calls or message.role == "tool":
+            tools = True
+        if message.parts:
+            images = True
+    if not (tools or images):
+        return _NOTHING
     return frozenset({*(("tools",) if tools else ()), *(("images",) if images else ())})
+
+
+_NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +143,16 @@ class Finish:
     model: str | None = None
 
 
+_REASONS = frozenset(get_args(FinishReason))
+
 Event = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | GenerationId | Finish
 
 
 def checked(event: Any) -> Event:
     """`event`, if it is one. Raises `TypeError` or `ValueError` for what no plugin may yield."""
+    # What comes most is looked at first, and as cheaply as can be.
+    if type(event) is TextDelta and type(event.text) is str:
+        return event
     match event:
         case TextDelta(text) | ReasoningDelta(text):
             if not isinstance(text, str):
@@ -151,7 +165,7 @@ def checked(event: Any) -> Event:
             if not isinstance(id, str):
                 raise TypeError(f"GenerationId with {type(id).__name__} as id")
         case Finish(reason, model):
-            if reason not in get_args(FinishReason):
+            if reason not in _REASONS:
                 raise ValueError("Finish with a reason that is none")
             if model is not None and not isinstance(model, str):
                 raise TypeError(f"Finish with {type(model).__name__} as model")

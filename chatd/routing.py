@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -38,7 +38,7 @@ from chatd.provider import (
     takes,
 )
 from chatd.racing import VISIBLE, Racer, first_to_begin
-from chatd.watchdog import Watchdog
+from chatd.watchdog import Patience, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +217,8 @@ class Trail:
             asked = any(attempt.reached_model for attempt in self.attempts)
             free = asked and not any(attempt.may_have_cost for attempt in self.attempts)
             return Usage(cost_usd=0.0) if free else None
+        if len(self.attempts) == 1:
+            return reports[0]
         total = Usage(*(_sum(getattr(r, f.name) for r in reports) for f in fields(Usage)))
         if any(attempt.may_have_cost for attempt in self.attempts):
             return replace(total, cost_usd=None)
@@ -269,7 +271,7 @@ class _Run:
 
     request: ProviderRequest
     trail: Trail
-    hedge: bool
+    hedge: bool = False
 
 
 @dataclass(slots=True)
@@ -303,6 +305,7 @@ class Router:
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._rules = [rule for rule in rules if rule.chain]
         self._pairs: dict[tuple[str, str], _Pair] = {}
+        self._closing = Patience(CLOSE_SECONDS)
         self.rule = lru_cache(1024)(self._rule)
 
     def _rule(self, model: str) -> Rule:
@@ -332,12 +335,17 @@ class Router:
         """The breaker of each provider and model that was asked."""
         return {pair: known.breaker.state for pair, known in self._pairs.items()}
 
-    async def stream(self, request: ProviderRequest, trail: Trail) -> AsyncGenerator[Event, None]:
+    def stream(self, request: ProviderRequest, trail: Trail) -> AsyncGenerator[Event, None]:
         """The events of the first provider that answers, ending in `Finish`.
 
         Every attempt is appended to `trail.attempts`. Raises the last `ProviderError`; after the
         first visible token nothing else is tried. Raises `InvalidRequest` as `takers` does.
         """
+        return self._through(_Run(request, trail), None, _Course(trail))
+
+    def _chain(self, run: _Run) -> Sequence[Target]:
+        """Whom to ask, in order. Raises as `stream` does."""
+        request = run.request
         chain = self.takers(request.model, needs(request.messages, request.parameters))
         if not chain:
             raise ProviderError(
@@ -345,87 +353,84 @@ class Router:
                 f'no rule under models leads "{request.model}" to a provider that is enabled',
                 retryable=False,
             )
-        chain, trail.side = _split(chain, request)
-        chain = self._without_dead(chain, request.model)
-        run = _Run(request, trail, hedge=self.rule(request.model).hedge)
-        async with aclosing(self._through(run, chain, _Course(trail))) as events:
-            async for event in events:
-                yield event
+        run.hedge = self.rule(request.model).hedge
+        chain, run.trail.side = _split(chain, request)
+        return self._without_dead(chain, request.model)
 
     async def _through(
-        self, run: _Run, chain: Sequence[Target], course: _Course, *, asked: bool = False
+        self,
+        run: _Run,
+        chain: Sequence[Target] | None,
+        course: _Course,
+        *,
+        asked: bool = False,
+        ticket: Ticket | None = None,
+        after: Sequence[Target] = (),
     ) -> AsyncGenerator[Event, None]:
-        """The events of the first in the chain that answers. Raises the last failure.
+        """The events of the first in the chain that answers, each asked again where that may help.
 
+        Raises the last failure.
+
+        :param chain: None for the request's own.
         :param asked: whether somebody before the chain was asked already.
+        :param ticket: leave to ask the first, where there is one already.
+        :param after: who else there is to ask, which is done elsewhere.
         """
         failure: ProviderError | None = None
+        chain = self._chain(run) if chain is None else chain
         for place, target in enumerate(chain):
-            others = chain[place + 1 :]
-            ticket = self._ticket(run, target, others, asked=asked or failure is not None)
+            others = (*chain[place + 1 :], *after)
             if ticket is None:
-                continue
-            said, race = False, _Race()
-            late = self._late_after(run, target, others)
-            if late is None:
-                lane = self._lane(run, target, others, ticket, course)
-            else:
-                lane = self._raced(run, target, others, ticket, course, late, race)
-            try:
-                async with aclosing(lane) as events:
-                    async for event in events:
-                        if not said and isinstance(event, VISIBLE):
-                            said = True
-                        yield event
-                return
-            except ProviderError as error:
-                failure = error
-            if said or race.is_joined or failure.kind in _SAME_EVERYWHERE:
+                ticket = self._ticket(run, target, others, asked=asked or failure is not None)
+            late, count = None if after else self._late_after(run, target, others), 0
+            while ticket is not None:
+                said, race, count = False, _Race(), count + 1
+                if late is not None:
+                    lane = self._raced(run, target, others, ticket, course, late, race)
+                else:
+                    lane = self._events(run, target, ticket, course, last=not others)
+                try:
+                    async with aclosing(lane):
+                        async for event in lane:
+                            if not said and isinstance(event, VISIBLE):
+                                said = True
+                            yield event
+                    return
+                except ProviderError as error:
+                    failure = error
+                if said or race.is_joined:
+                    raise failure
+                # The sides of a race asked again themselves.
+                again = late is None
+                ticket = await self._again(run, target, others, failure, count) if again else None
+            if failure is not None and failure.kind in _SAME_EVERYWHERE:
                 break
         raise failure or ProviderError(_Kind.OVERLOADED, "all of the chain are left alone")
 
-    async def _lane(
+    async def _again(
         self,
         run: _Run,
         target: Target,
         others: Sequence[Target],
-        ticket: Ticket | None,
-        course: _Course,
-    ) -> AsyncGenerator[Event, None]:
-        """The events of one provider, asked again where that may help. Raises its last failure."""
-        count, said = 0, False
-        while True:
-            assert ticket is not None
-            count += 1
-            attempt = Attempt(
-                target.name, target.model or run.request.model, prices=target.prices, ticket=ticket
-            )
-            course.add(attempt)
-            try:
-                asked = self._events(run, target, attempt, ticket, last=not others)
-                async with aclosing(asked) as events:
-                    async for event in events:
-                        if not said and isinstance(event, VISIBLE):
-                            said = True
-                        yield event
-                return
-            except ProviderError as error:
-                failure = error
-            if said:
-                raise failure
-            if (shorter := _shorter(run.request.messages, run.trail, failure)) is not None:
-                run.trail.shortened = True
-                run.request = replace(run.request, messages=shorter)
-            elif failure.kind in _SAME_EVERYWHERE:
-                raise failure
-            else:
-                able = any(self._breaker(run, other).lets for other in others)
-                pause = _pause(target.retries, failure, count, able, run.trail.deadline)
-                if pause is None:
-                    raise failure
-                await asyncio.sleep(pause)
-            if (ticket := self._breaker(run, target).ask()) is None:
-                raise failure
+        failure: ProviderError,
+        count: int,
+    ) -> Ticket | None:
+        """Leave to ask a target once more after a failure, when it is time to; None to go on.
+
+        :param count: how often it was asked.
+        """
+        if (shorter := _shorter(run.request.messages, run.trail, failure)) is not None:
+            run.trail.shortened = True
+            run.request = replace(run.request, messages=shorter)
+        elif failure.kind in _SAME_EVERYWHERE:
+            return None
+        else:
+            able = any(self._breaker(run, other).lets for other in others)
+            pause = _pause(target.retries, failure, count, able, run.trail.deadline)
+            if pause is None:
+                return None
+            await asyncio.sleep(pause)
+        return self._breaker(run, target).ask()
 
     async def _raced(
         self,
@@ -442,7 +447,8 @@ class Router:
         Each side is asked again and goes on by its own rules.
         """
         first, second = _Course(run.trail, course), _Course(run.trail, course)
-        racers = [Racer(first, self._lane(run, target, others, ticket, first))]
+        lane = self._through(run, (target,), first, ticket=ticket, after=others)
+        racers = [Racer(first, lane)]
         try:
             await asyncio.wait([racers[0].begun], timeout=late)
             able = any(self._breaker(run, other).lets for other in others)
@@ -492,6 +498,8 @@ class Router:
 
     def _without_dead(self, chain: tuple[Target, ...], model: str) -> tuple[Target, ...]:
         """The chain; when all of it is left alone, only who failed least recently."""
+        if self._pair(chain[0], model).breaker.lets:
+            return chain
         breakers = [self._pair(target, model).breaker for target in chain]
         if any(breaker.lets for breaker in breakers):
             return chain
@@ -508,13 +516,16 @@ class Router:
         self,
         run: _Run,
         target: Target,
-        attempt: Attempt,
         ticket: Ticket,
+        course: _Course,
         *,
         last: bool,
     ) -> AsyncGenerator[Event, None]:
         """One attempt, held to the contract: text, one end, in time, no foreign exception."""
         request, timeouts = run.request, target.timeouts
+        model = target.model or request.model
+        attempt = Attempt(target.name, model, prices=target.prices, ticket=ticket)
+        course.add(attempt)
         # A plain answer comes whole, within the turn's deadline; the next in the chain needs some.
         limit = timeouts.first_token if request.stream or not last else math.inf
         said, events, tools = False, None, bool(needs((), request.parameters))
@@ -522,9 +533,8 @@ class Router:
         due = watchdog.in_seconds(limit)
         try:
             options = request.options.get(options_of(target.provider, target.use)) or {}
-            asked = replace(request, model=attempt.model, timeouts=timeouts, options=options)
             watchdog.watch(due)
-            events = target.provider.stream(asked)
+            events = target.provider.stream(_asked(request, model, timeouts, options))
             while True:
                 event = checked(await anext(events))
                 attempt.reached_model = True
@@ -560,7 +570,7 @@ class Router:
             if attempt.usage is not None:
                 attempt.usage = attempt.priced(attempt.usage)
             if events is not None:
-                await _close(target, events)
+                await _close(target, events, self._closing)
 
     def _began(self, target: Target, attempt: Attempt, ticket: Ticket, *, stream: bool) -> None:
         seconds = time.monotonic() - attempt.began
@@ -632,6 +642,24 @@ def _pause(
     return pause if pause < left else None
 
 
+def _asked(
+    request: ProviderRequest, model: str, timeouts: Timeouts, options: Mapping[str, Any]
+) -> ProviderRequest:
+    """The request as one provider gets it; `dataclasses.replace` takes several times as long."""
+    return ProviderRequest(
+        model,
+        request.messages,
+        request.stream,
+        request.max_output_tokens,
+        request.temperature,
+        request.user,
+        request.session_id,
+        request.parameters,
+        timeouts,
+        options,
+    )
+
+
 def _is_nothing(event: Event, tools: bool) -> bool:
     """Whether an event says nothing: without text, or the call of a tool that nobody gave."""
     if isinstance(event, ToolCallDelta):
@@ -699,14 +727,10 @@ def _failure(target: Target, error: BaseException) -> BaseException:
     )
 
 
-async def _close(target: Target, events: AsyncGenerator[Event, None]) -> None:
+async def _close(target: Target, events: AsyncGenerator[Event, None], patience: Patience) -> None:
     """Lets go of an answer; a provider that cannot is named, and the answer stands."""
-    if getattr(events, "ag_frame", events) is None:
-        # It has ended.
-        return
     try:
-        async with asyncio.timeout(CLOSE_SECONDS):
-            await events.aclose()
+        await patience.wait(events.aclose())
     except BaseException as error:
         failure = _failure(target, error)
         if failure is error:

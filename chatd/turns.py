@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from chatd.answering import RunningTurn, around, asked, collect, storable, unfinished
@@ -201,7 +202,7 @@ class Turns:
             request=request,
             history_truncated=begun.history_truncated,
             # Images and tools are counted by no known measure.
-            prompt_chars=0 if said.needed else sum(len(message.content) for message in asked),
+            prompt_chars=0 if said.needed else sum([len(message.content) for message in asked]),
             trail=Trail(deadline, len(said.given)),
         )
         self._running[turn.id] = turn
@@ -373,16 +374,20 @@ class Turns:
     # Running
 
     async def _run(self, turn: RunningTurn, request: ProviderRequest, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        # A plugin may not let itself be cancelled; its turn ends all the same.
-        giving_up = loop.call_at(deadline + GIVE_UP_SECONDS, self._give_up, turn)
+        turn.timer = asyncio.get_running_loop().call_at(deadline, self._is_late, turn)
         try:
-            status, error = await collect(turn, self._events(turn, request), deadline)
+            status, error = await collect(turn, self._events(turn, request))
         finally:
-            giving_up.cancel()
+            turn.timer.cancel()
         if turn.answering:
             turn.answering = False
             await self._end(turn, status, error)
+
+    def _is_late(self, turn: RunningTurn) -> None:
+        """Ends the answering of a turn whose deadline has come."""
+        turn.be_late()
+        # A plugin may not let itself be cancelled; its turn ends all the same.
+        turn.timer = asyncio.get_running_loop().call_later(GIVE_UP_SECONDS, self._give_up, turn)
 
     def _give_up(self, turn: RunningTurn) -> None:
         """Ends a turn whose task does not end."""
@@ -516,6 +521,7 @@ def _digest(label: str | None, messages: Sequence[Message], extras: Extras | Non
     return hashlib.sha256(json.dumps(said).encode()).digest()
 
 
+@lru_cache(10_000)
 def _pseudonym(chatbot_id: str, user_id: str) -> str:
     """A stable name of a visitor for a provider, which does not tell who it is."""
     return hashlib.sha256(f"{chatbot_id}\n{user_id}".encode()).hexdigest()[:32]

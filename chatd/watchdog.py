@@ -1,16 +1,78 @@
-"""A limit on many short waits, one after the other, at the cost of one timer."""
+"""Limits on many waits at the cost of one timer: `asyncio.timeout` makes and drops one for each."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Patience:
+    """A limit on waits that are all as long, many at a time.
+
+    :param seconds: how long each may take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._waits: dict[_Wait, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def wait(self, work: Awaitable[T]) -> T:
+        """The result of `work`, whose task is cancelled when it takes too long.
+
+        Raises `TimeoutError` then, and what `work` raises.
+        """
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        wait = _Wait(loop, task, loop.time() + self.seconds)
+        self._waits[wait] = None
+        if self._timer is None:
+            self._timer = loop.call_at(wait.due, self._check)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if wait.fired and task.uncancel() <= wait.before:
+                raise TimeoutError from None
+            raise
+        finally:
+            self._waits.pop(wait, None)
+
+    def _check(self) -> None:
+        self._timer = None
+        for wait in list(self._waits):
+            # Those that began first are first, and due first.
+            if wait.loop.time() < wait.due:
+                self._timer = wait.loop.call_at(wait.due, self._check)
+                return
+            del self._waits[wait]
+            wait.fired = True
+            wait.task.cancel()
+
+
+class _Wait:
+    """One of the waits."""
+
+    __slots__ = ("before", "due", "fired", "loop", "task")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], due: float
+    ) -> None:
+        self.loop = loop
+        self.task = task
+        self.due = due
+        self.before = task.cancelling()
+        self.fired = False
 
 
 class Watchdog:
-    """Cancels a task whose wait takes too long, as `asyncio.timeout` does.
+    """Cancels a task whose wait takes too long, for waits of any length, one after the other.
 
-    That makes and drops a timer for each wait; this one lets its timer run and, when it goes off
-    early, sets it anew. A wait is what lies between `watch` and `rest`. One of it at a time.
+    It lets its timer run and, when that goes off early, sets it anew. A wait is what lies between `watch` and `rest`. One of it at a time.
     """
 
     __slots__ = (
