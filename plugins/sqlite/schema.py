@@ -93,5 +93,8 @@ MIGRATIONS = (
     CREATE UNIQUE INDEX usage_of_erased_day ON usage_of_erased
         (chatbot_id, day, ifnull(model, ''), ifnull(side, ''));
     """,
+    """
+    CREATE INDEX failed_turns ON turns (session_id, turn_id) WHERE status = 'failed';
+    """,
 )
 """Forward migrations: the n-th brings a database of version n to n + 1. Never edit, only add."""
