@@ -479,7 +479,7 @@ async def test_a_conversation_too_long_for_the_model_is_the_clients_to_mend(
 @pytest.mark.parametrize(
     ("header", "told"),
     [
-        ({"Retry-After": "7"}, "7"),
+        ({"Retry-After": "1"}, "1"),
         ({"Retry-After": format_datetime(datetime.now(UTC) - timedelta(hours=1), True)}, "5"),
         ({"Retry-After": "0"}, "5"),
         ({"Retry-After": "soon"}, "5"),
