@@ -32,6 +32,17 @@ _OF_PROVIDERS = {"enabled", "timeouts", "retries", "breaker", "prices"}
 _TYPED = ("int", "float", "bool", "null", "str")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as it is commonly read, but `1e3` is a number, as in YAML 1.2 and in JSON."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """The process: where it listens and what it accepts. Times are seconds."""
@@ -202,7 +213,7 @@ class ConfigFile:
     # Reading
 
     def _parse(self, text: str) -> Any:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
         except yaml.MarkedYAMLError as error:
@@ -264,19 +275,22 @@ class ConfigFile:
         tag = node.tag
         if text != node.value and node.style is None:
             # A plain (unquoted) reference stands for what would have been written there.
-            resolver: Any = yaml.SafeLoader("")
+            resolver: Any = _Loader("")
             tag = resolver.resolve(yaml.ScalarNode, text, (True, False))
         if tag.rpartition(":")[2] not in _TYPED:
             tag = "tag:yaml.org,2002:str"
         try:
-            constructor = yaml.SafeLoader("")
-            value = constructor.construct_object(yaml.ScalarNode(tag, text))
+            value = _Loader("").construct_object(yaml.ScalarNode(tag, text))
         except (yaml.YAMLError, ValueError):
             return text
-        if isinstance(value, float) and not math.isfinite(value):
+        if not isinstance(value, float):
+            return value
+        if not math.isfinite(value):
+            self._unresolved.add(path)
             self._faults.append((node.start_mark.line + 1, f"{_dotted(path)}: must be finite"))
             return 0
-        return value
+        # A schema takes 8e3 for a whole number; what counts with it must be given one.
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
     def _resolve(self, match: re.Match[str], node: yaml.Node, path: Path) -> str:
         line = node.start_mark.line + 1

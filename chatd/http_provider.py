@@ -175,7 +175,7 @@ class HttpProvider(ABC):
     """Where questions are posted."""
 
     check_path: ClassVar[str]
-    """What answers with 200 when the service is there and takes the key."""
+    """What answers with 200, and JSON that `checks_out`, when the service takes the key."""
 
     def __init__(
         self, base_url: str, *, headers: Mapping[str, str], secrets: Sequence[str] = ()
@@ -198,14 +198,26 @@ class HttpProvider(ABC):
         await self._http.close()
         await self._unpooled.close()
 
+    def checks_out(self, told: Any) -> bool:
+        """Whether the JSON at `check_path` is the service's, and no portal's or other server's.
+
+        If not overridden: whether it is a list of models, as OpenAI and Anthropic give it.
+        """
+        # Ollama has null for no models, Together the list itself.
+        models = told.get("data", told) if isinstance(told, dict) else told
+        return isinstance(models, list) or (isinstance(told, dict) and models is None)
+
     async def check(self) -> None:
-        try:
-            async with await self._send(
-                "GET", self.check_path, None, CHECK_CONNECT_SECONDS
-            ) as response:
-                await self._raise_for_status(response, None)
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._translated(error, started=False) from error
+        told = await self.get(self.check_path)
+        if isinstance(told, dict) and told.get("error"):
+            raise self._told(told["error"], None, None, {})
+        if not self.checks_out(told):
+            raise ProviderError(
+                _Kind.PROTOCOL,
+                f"HTTP 200 at {self.check_path} with JSON that is not this service's: check base_url",
+                status=200,
+                retryable=False,
+            )
 
     async def get(self, path: str, *, seconds: float = GET_SECONDS) -> Any:
         """The JSON at `path`. Raises `ProviderError`, also when it takes more than `seconds`."""

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import chatd
 
+from .openai_compatible import BASE_URL, HEADER_VALUE
+
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 DEFAULT_VERSION = "2023-06-01"
 DEFAULT_MAX_TOKENS = 4096
@@ -371,27 +373,21 @@ async def open_anthropic(settings: Mapping[str, Any]) -> Anthropic:
     )
 
 
-_HEADER_VALUE = {
-    "type": "string",
-    "pattern": "^[ -~]*$",
-    "x-error": "must be visible ASCII characters, as in a header",
-}
 _SETTINGS = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",
     "additionalProperties": False,
     "required": ["api_key"],
     "properties": {
-        "api_key": {**_HEADER_VALUE, "description": "An Anthropic API key."},
+        "api_key": {**HEADER_VALUE, "description": "An Anthropic API key."},
         "base_url": {
-            "type": "string",
-            "pattern": "^https?://[^\\s?#]+$",
+            **BASE_URL,
             "x-error": "must be an address like https://api.anthropic.com",
             "default": DEFAULT_BASE_URL,
             "description": "The address before /v1/messages.",
         },
         "version": {
-            **_HEADER_VALUE,
+            **HEADER_VALUE,
             "default": DEFAULT_VERSION,
             "description": "The version of the API (header anthropic-version).",
         },
@@ -404,7 +400,7 @@ _SETTINGS = {
         },
         "headers": {
             "type": "object",
-            "additionalProperties": _HEADER_VALUE,
+            "additionalProperties": HEADER_VALUE,
             "description": "Further headers of every request, like anthropic-beta.",
         },
         "parameters": {

@@ -27,6 +27,9 @@ class OpenRouter(ChatCompletions):
 
     check_path = "/key"
 
+    def checks_out(self, told: Any) -> bool:
+        return isinstance(told, dict) and isinstance(told.get("data"), dict)
+
     def body(self, request: chatd.ProviderRequest) -> dict[str, Any]:
         body = super().body(request)
         # Usage with its cost comes unasked; `stream_options` means nothing to OpenRouter.

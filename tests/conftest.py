@@ -8,9 +8,11 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 from tornado.ioloop import IOLoop
 
 from chatd.testing.fake_provider import FakeProvider
+from tests.pages import chromium
 from tests.postgres import Supabase
 from tests.support import ECHO_CONFIG, Served, open_served
 
@@ -47,6 +49,13 @@ def database() -> Iterator[Supabase]:
     supabase = Supabase()
     yield supabase
     supabase.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium, one for each file: the tests of others could not run their own loops."""
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture

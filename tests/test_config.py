@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,8 +148,6 @@ def test_a_key_that_stands_twice_is_refused() -> None:
         ("a: [1,\nb: 2\n", "c.yaml:3: not valid YAML"),
         ("a: {b: ${C}}\n", 'a "${NAME}" inside braces needs quotes'),
         ("a: !!python/object/apply:os.system [echo]\n", "c.yaml:1: a: unknown key"),
-        (GOOD + "server: {body_timeout: .nan}\n", "server.body_timeout: must be finite"),
-        (GOOD + "server: {body_timeout: .inf}\n", "server.body_timeout: must be finite"),
         ("a: " + "[" * 5000, "nested too deep"),
         ("storage: &s {use: sqlite, x: *s}\n", "storage: holds itself"),
         (BOMB, "holds more than"),
@@ -156,6 +156,98 @@ def test_a_key_that_stands_twice_is_refused() -> None:
 )
 def test_what_is_not_a_configuration_is_told_apart(text: str, told: str) -> None:
     assert any(told in fault for fault in faults(text)), faults(text)
+
+
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1e999", "${BIG}"])
+def test_what_is_no_finite_number_is_told_once(text: str) -> None:
+    written = GOOD + f"server:\n  body_timeout: {text}\n"
+    assert faults(written, {"BIG": "1e999"}) == ["c.yaml:8: server.body_timeout: must be finite"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1e1", 10), ("${TEN}", 10), ("+.5E-1", 0.05), ("2.5e+1", 25), ("1e+1", 10), ("1.e1", 10)],
+)
+def test_a_number_may_have_an_exponent(text: str, seconds: float) -> None:
+    config = check(GOOD + f"server:\n  body_timeout: {text}\n", {"TEN": "1e1"})
+    assert config.server.body_timeout == seconds
+
+
+def test_a_whole_number_is_one_however_it_is_written_and_text_stays_text() -> None:
+    text = GOOD.replace("{use: echo}", "{use: openrouter, api_key: '12e3'}")
+    config = check(text + "server: {port: 8e3, trusted_proxies: 1.0}\n")
+    assert repr((config.server.port, config.server.trusted_proxies)) == "(8000, 1)"
+    assert config.providers["main"].use.settings["api_key"] == "12e3"
+    assert faults(GOOD + "server: {port: 8.5e0}\n") == [
+        "c.yaml:7: server.port: must be a whole number"
+    ]
+
+
+LEAST, MOST, MORE = "must be at least", "must be at most", "must be more than"
+BOUNDS = [
+    *[
+        (f"timeouts.{name}", 0.001, 1e6, (0, f"{MORE} 0"), None)
+        for name in ("connect", "first_token", "idle", "total", "plain")
+    ],
+    ("retries.attempts", 1, 20, (0, f"{LEAST} 1"), (21, f"{MOST} 20")),
+    *[
+        (f"retries.{name}", 0, 600, (-0.1, f"{LEAST} 0"), (600.1, f"{MOST} 600"))
+        for name in ("base", "most", "patience")
+    ],
+    ("breaker.share", 0.01, 1, (0, f"{MORE} 0"), (1.01, f"{MOST} 1")),
+    ("breaker.requests", 1, 10**6, (0, f"{LEAST} 1"), (10**6 + 1, f"{MOST} 1000000")),
+    ("breaker.window", 0.1, 86400, (0.09, f"{LEAST} 0.1"), (86401, f"{MOST} 86400")),
+    ("breaker.open_seconds", 0.01, 86400, (0.009, f"{LEAST} 0.01"), (86401, f"{MOST} 86400")),
+    *[
+        (f"prices[0].{name}", 0, 10**6, (-0.1, f"{LEAST} 0"), (10**6 + 1, f"{MOST} 1000000"))
+        for name in ("input", "output", "cached")
+    ],
+]
+"""A setting of a provider, the least and the most it takes, and what is said of less and of more."""
+
+
+@pytest.mark.parametrize(
+    ("setting", "least", "most", "less", "more"), BOUNDS, ids=[case[0] for case in BOUNDS]
+)
+def test_the_numbers_of_a_provider_have_bounds(
+    setting: str,
+    least: float,
+    most: float,
+    less: tuple[float, str],
+    more: tuple[float, str] | None,
+) -> None:
+    part, _, name = setting.partition(".")
+
+    def written(value: float) -> str:
+        group: dict[str, Any] = {name: value}
+        if part == "prices[0]":
+            group = {"match": "*", "input": 1, "output": 1, **group}
+        provider = {"use": "echo", part.removesuffix("[0]"): [group] if "[" in part else group}
+        return GOOD.replace("{use: echo}", json.dumps(provider))
+
+    for value in (least, most):
+        provider = check(written(value)).providers["main"]
+        group = getattr(provider, part.removesuffix("[0]"))
+        assert getattr(group[0] if "[" in part else group, name) == value
+    for value, told in filter(None, (less, more)):
+        assert faults(written(value)) == [f"c.yaml:3: providers.main.{setting}: {told}"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "told"),
+    [
+        ("0", None),
+        ("1e6", None),
+        ("-1", "must be at least 0"),
+        ("1000001", "must be at most 1000000"),
+    ],
+)
+def test_the_weight_of_a_provider_in_a_chain_has_bounds(weight: str, told: str | None) -> None:
+    text = GOOD.replace("[main]", f"[main, {{provider: main, weight: {weight}}}]")
+    if told is None:
+        assert check(text).models[0].ask[1].weight == float(weight)
+    else:
+        assert faults(text) == [f"c.yaml:6: models[0].ask[1].weight: {told}"]
 
 
 def test_no_secret_is_ever_in_a_fault() -> None:

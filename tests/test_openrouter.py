@@ -293,7 +293,8 @@ def test_provider_options_that_no_plugin_takes_are_refused_with_every_fault(
         ("", "--provider-options: it is empty"),
         ('{"openrouter": {"models": ["\\u0000"]}}', "U+0000"),
         ("[1]", "--provider-options: must be an object or null"),
-        ('{"openrouter": 1}', "--provider-options: must be an object"),
+        ('{"openrouter": 1}', "--provider-options /openrouter: must be an object"),
+        ('{"echo": {}, "a/b": []}', "--provider-options /a~1b: must be an object"),
         ("@missing.json", "--provider-options @missing.json: cannot be read"),
     ],
 )

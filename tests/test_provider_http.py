@@ -14,6 +14,7 @@ from chatd_plugins.openrouter import open_openrouter
 from tornado.ioloop import IOLoop
 
 from chatd.domain import Message
+from chatd.errors import ProviderError
 from chatd.errors import ProviderErrorKind as Kind
 from chatd.provider import Provider, ProviderRequest
 from chatd.registry import load_registry
@@ -268,6 +269,44 @@ async def test_half_a_character_in_a_chunk_is_kept_for_the_other_half(
     assert text_of(await collect(provider, ASKED)) == "\ud83d\ude00"
 
 
+@pytest.mark.parametrize(
+    "models",
+    [
+        {"object": "list", "data": [{"id": "a/b", "object": "model"}]},
+        {"data": [], "has_more": False, "first_id": None},
+        {"object": "list", "data": None},
+        [{"id": "a/b"}],
+    ],
+)
+async def test_check_knows_the_lists_of_models_that_services_give(
+    provider: Provider, fake: FakeProvider, models: Any
+) -> None:
+    fake.answer(http_response(200, json.dumps(models), {"Content-Type": "text/plain"}))
+    await provider.check()
+    assert (fake.requests[0].method, fake.requests[0].path) == ("GET", "/v1/models")
+
+
+@pytest.mark.parametrize("told", [{}, {"data": {}}, {"data": "a/b"}, "a/b", None, 7])
+async def test_check_says_when_somebody_else_seems_to_answer(
+    provider: Provider, fake: FakeProvider, told: Any
+) -> None:
+    fake.answer(http_response(200, json.dumps(told)))
+    with pytest.raises(ProviderError) as raised:
+        await provider.check()
+    assert (raised.value.kind, raised.value.retryable) == (Kind.PROTOCOL, False)
+    assert raised.value.detail.startswith("HTTP 200 at /models")
+    assert raised.value.detail.endswith("check base_url")
+
+
+async def test_check_says_of_an_error_with_status_200_what_it_is(
+    provider: Provider, fake: FakeProvider
+) -> None:
+    fake.answer(http_response(200, {"error": {"code": 401, "message": "No such key"}}))
+    with pytest.raises(ProviderError, match="No such key") as raised:
+        await provider.check()
+    assert raised.value.kind is Kind.AUTHENTICATION
+
+
 # Providers of others
 
 
@@ -291,6 +330,8 @@ async def test_the_provider_that_the_page_shows_answers(
     open_parrot: Callable[[str], Awaitable[Provider]], fake: FakeProvider
 ) -> None:
     provider = await open_parrot(fake.url)
+    fake.answer(http_response(200, {"bird": "parrot"}))
+    await provider.check()
     fake.answer(SSE_HEAD, sse({"says": "Hel"}, {"says": "lo!"}, {"done": True}))
     fake.answer(http_response(200, {"says": "Hello!", "done": True}))
     fake.answer(SSE_HEAD, sse({"says": "Hel"}, {"squawk": {"message": "no", "code": 429}}))
@@ -299,4 +340,4 @@ async def test_the_provider_that_the_page_shows_answers(
     kinds = [(await failure(provider, ASKED)).kind for _ in range(2)]
     await provider.close()
     assert kinds == [Kind.RATE_LIMIT, Kind.INCOMPLETE]
-    assert [asked.path for asked in fake.requests] == ["/talk"] * 4
+    assert [asked.path for asked in fake.requests] == ["/perch", *["/talk"] * 4]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from chatd.handlers.widget import script_integrity, script_path
-from tests.pages import CHROMIUM, CHROMIUM_ARGUMENTS, Site, Watched, Wire, watching
+from tests.pages import Site, Watched, Wire, watching
 from tests.support import ServerProcess, chatd_command, server_process
 
 ROOT = Path(__file__).parent.parent
@@ -91,17 +91,6 @@ def bots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bots]:
             return found[1]
 
         yield Bots(process, add("fast"), add("slow"), add("gone"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS, timeout=60_000
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import jwt
 import pytest
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
-from tests.pages import CHROMIUM, CHROMIUM_ARGUMENTS, Site, watching
+from tests.pages import Site, watching
 from tests.support import chatd_command, server_process
 from tests.test_widget import CONFIG, Chat, opened, page_with
 
@@ -26,17 +26,6 @@ class Known:
 
     def token(self, sub: str, seconds: float = 600) -> str:
         return jwt.encode({"sub": sub, "exp": int(time.time() + seconds)}, self.secret, "HS256")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS, timeout=60_000
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -223,4 +223,6 @@ def _option(path: str) -> str:
     name, *inner = path.split("/")[1:]
     if name == "limits":
         return " ".join(["--limit", *inner])
+    if name == "provider_options" and inner:
+        return f"--provider-options /{'/'.join(inner)}"
     return "--" + (name.removesuffix("s") if name in _LISTS else name).replace("_", "-")

@@ -270,6 +270,16 @@ class HttpProviderConformance:
         assert raised.value.kind is ProviderErrorKind.AUTHENTICATION
         assert self.key not in str(raised.value)
 
+    @pytest.mark.parametrize("kind", ["text/html", "application/json"])
+    async def test_check_takes_nobody_elses_status_200_for_the_service(
+        self, fake: FakeProvider, provider: Provider, kind: str
+    ) -> None:
+        for body in (HTML, "OK", '{"login": "/portal"}', '{"error": "no such page"}'):
+            fake.answer(http_response(200, body, {"Content-Type": kind}))
+            with pytest.raises(ProviderError) as raised:
+                await asyncio.wait_for(provider.check(), PROMPT_SECONDS)
+            assert "<h1>" not in str(raised.value)
+
     @pytest.mark.parametrize("stream", [True, False])
     async def test_a_connection_reset_before_an_answer_is_an_error_to_retry(
         self, fake: FakeProvider, provider: Provider, stream: bool
