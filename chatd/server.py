@@ -36,6 +36,10 @@ ANSWER_SECONDS = 0.1
 """How long the answers of the last turns may take to be written; it is much more than they need."""
 
 
+BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+"""Signals that a worker begins its life without."""
+
+
 class CannotListen(ChatdError):
     """The address cannot be listened on."""
 
@@ -72,6 +76,8 @@ class _Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._asked_to_stop)
         self._loop.add_signal_handler(signal.SIGHUP, self._hung_up)
+        # A parent blocks them from the fork until here, so that none is lost.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
 
     def stop_with(self, lifeline: int) -> None:
         """Stops as well when the other end of a pipe is closed."""

@@ -18,7 +18,7 @@ from chatd import logs
 from chatd.config import Config
 from chatd.registry import Registry
 from chatd.reload import Load, read_again
-from chatd.server import Worker
+from chatd.server import BLOCKED, Worker
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ MOST_PAUSE = 30.0
 
 KILL_SECONDS = 20.0
 """How long workers may take to end beyond what running turns have."""
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 Run = Callable[[Config, Registry, Worker, Callable[[], None]], int]
 """Serves in a process of its own until it is told to stop, calls the last when it does serve, and
@@ -101,7 +99,7 @@ class Supervisor:
         """Signals are read from a pipe, one byte each, so that none comes at the wrong moment."""
         for end in (self._wake, self._woken, self._ready):
             os.set_blocking(end, False)
-        for number in _SIGNALS:
+        for number in BLOCKED:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         try:
@@ -188,21 +186,21 @@ class Supervisor:
         place.started = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Whatever comes before the worker listens to signals waits until it does.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        # What comes before the worker listens to signals waits until it does.
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
         try:
             place.pid = os.fork()
             if place.pid == 0:
                 self._work(place)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
 
     def _work(self, place: _Place) -> None:
         """The worker's whole life; does not return."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
-            for number in _SIGNALS:
+            for number in BLOCKED:
                 signal.signal(number, signal.SIG_DFL)
             for end in (self._life, self._ready, self._wake, self._woken):
                 os.close(end)
