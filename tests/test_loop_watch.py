@@ -88,6 +88,8 @@ async def test_who_waits_is_not_told_and_the_lag_is_observed(
 
 async def test_a_watch_that_is_turned_off_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     watch = LoopWatch(0, lambda _: None)
+    lags: list[float] = []
+    watch.observers.append(lags.append)
     watch.start()
     with caplog.at_level(logging.WARNING):
         await asyncio.sleep(0.1)
@@ -95,7 +97,7 @@ async def test_a_watch_that_is_turned_off_tells_nothing(caplog: pytest.LogCaptur
         await asyncio.sleep(0.1)
     watch.stop()
     assert caplog.text == ""
-    assert watch.lag > 0.3
+    assert max(lags) > 0.3
 
 
 def test_code_is_told_to_the_plugin_that_it_belongs_to(tmp_path: Path) -> None:

@@ -176,14 +176,14 @@ class ApiHandler(RequestHandler):
 
     async def prepare(self) -> None:
         headers = self.request.headers
+        if (origin := headers.get("Origin")) is not None:
+            self._cors = await self.services.access.allows_origin_somewhere(origin)
+            self._common_headers()
         if getattr(getattr(self.request.connection, "stream", None), "is_crowding", False):
             most = self.services.config.max_connections_per_address
             raise RateLimited(
                 f"At most {most} requests at once are taken from one address.", retry_after=1
             )
-        if (origin := headers.get("Origin")) is not None:
-            self._cors = await self.services.access.allows_origin_somewhere(origin)
-            self._common_headers()
         sizes = [len(name) + len(value) for name, value in headers.get_all()]
         if len(sizes) > MAX_HEADERS:
             raise HeadersTooLarge(f"At most {MAX_HEADERS} headers are taken.")
