@@ -60,6 +60,22 @@ class Worker:
     is_first: bool
 
 
+class Terminal:
+    """The terminal that the process was started in, if it was: SIGHUP comes too when it is closed."""
+
+    def __init__(self) -> None:
+        self._was_there = self._is_there
+
+    @property
+    def _is_there(self) -> bool:
+        return sys.stdin is not None and sys.stdin.isatty()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there was one, and it was closed."""
+        return self._was_there and not self._is_there
+
+
 class _Signals:
     """SIGTERM and SIGINT: the first asks to stop, a later one not to wait for turns.
 
@@ -72,7 +88,7 @@ class _Signals:
         self.reloading = asyncio.Event()
         self._first: float | None = None
         self._loop = asyncio.get_running_loop()
-        self._has_terminal = sys.stdin is not None and sys.stdin.isatty()
+        self._terminal = Terminal()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._asked_to_stop)
         self._loop.add_signal_handler(signal.SIGHUP, self._hung_up)
@@ -90,7 +106,7 @@ class _Signals:
         self._loop.add_reader(lifeline, ended)
 
     def _hung_up(self) -> None:
-        if self._has_terminal and not sys.stdin.isatty():
+        if self._terminal.is_gone:
             self._asked_to_stop()
         else:
             self.reloading.set()

@@ -18,7 +18,7 @@ from chatd import logs
 from chatd.config import Config
 from chatd.registry import Registry
 from chatd.reload import Load, read_again
-from chatd.server import BLOCKED, Worker
+from chatd.server import BLOCKED, Terminal, Worker
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Supervisor:
         self._run = run
         self._load = load
         self._places = [_Place(number + 1) for number in range(config.server.workers)]
+        self._terminal = Terminal()
         self._stop_by: float | None = None
         self._is_up = False
         self._code = 0
@@ -134,9 +135,10 @@ class Supervisor:
         return max(0.0, min(dues) - now) if dues else None
 
     def _caught(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT):
+        hung_up = number == signal.SIGHUP
+        if number in (signal.SIGTERM, signal.SIGINT) or (hung_up and self._terminal.is_gone):
             self._stop(0)
-        elif number == signal.SIGHUP and self._stop_by is None:
+        elif hung_up and self._stop_by is None:
             self._reload()
 
     def _reload(self) -> None:

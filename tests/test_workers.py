@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from chatd.supervisor import MOST_PAUSE, STEADY_SECONDS, _Place
-from tests.support import ServerProcess, chatd_command, server_process
+from tests.support import ServerProcess, chatd_command, clean_env, server_process
 from tests.test_process import Client, call, wait_for_a_turn
 
 # SQLite, which several processes can use at once, says no to it for the sake of speed.
@@ -223,3 +225,26 @@ def test_the_first_chatbot_is_made_once_for_all_workers(tmp_path: Path) -> None:
         assert server.stop() == 0
     listed = chatd_command("bots", "list", "--json", cwd=tmp_path)
     assert len(json.loads(listed.stdout)) == 1
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_server_whose_terminal_is_closed_stops(tmp_path: Path, processes: str) -> None:
+    configure(tmp_path, workers=processes)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(
+            sys.executable, [sys.executable, "-m", "chatd", "serve", "--port", "0"], clean_env()
+        )
+    shown = b""
+    while b"chatd serves" not in shown:
+        shown += os.read(terminal, 65536)
+    os.close(terminal)
+    ended: list[int] = []
+
+    def has_ended() -> bool:
+        ended.extend(os.waitpid(pid, os.WNOHANG))
+        return ended[-2] == pid
+
+    eventually(has_ended)
+    assert os.waitstatus_to_exitcode(ended[-1]) == 0

@@ -34,7 +34,7 @@ def serve_anew(config_path: Path | None, arguments: Sequence[str]) -> int:
     A server that does not start, or ends by itself, is started again at the next change.
     """
     asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.set())
     command = [sys.executable, "-m", "chatd", "serve", *arguments]
     while not asked.is_set():
