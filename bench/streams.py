@@ -25,6 +25,7 @@ from tests.support import ServerProcess, chatd_command
 KEY = "bench-key-0123456789abcdef"
 BOT = "6f1f5b52-7a44-4f0e-9a57-0c3f8d0f2b11"
 CONFIG = """
+server: {max_connections: 20000, max_connections_per_address: 20000}
 storage: {use: sqlite, path: chatd.db}
 log_level: warning
 providers:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Set
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,7 @@ from chatd.errors import PluginError
 from chatd.handlers import bot, chat, docs, health, openai, sessions, turns, widget
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
-from chatd.limits import Limits, WindowCounters
+from chatd.limits import Counters, Limits, WindowCounters
 from chatd.offers import Offer
 from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
@@ -51,15 +51,30 @@ def packaged_configs() -> list[Path]:
     return sorted(packaged_config().parent.glob("*.yaml"))
 
 
-def load(path: Path) -> tuple[Config, Registry]:
+def load(path: Path, **server: Any) -> tuple[Config, Registry]:
     """The configuration and the plugins it asks for.
+
+    :param server: settings of `server` that hold in place of the file's.
 
     Raises `ConfigError` with every fault, or `PluginError` for the first plugin that fails.
     """
     file = ConfigFile.read(path)
     wanted = file.plugins
     registry = load_registry(wanted.folder, wanted.disable)
-    return file.check(offers(registry)), registry
+    config = file.check(offers(registry))
+    if server:
+        config = replace(config, server=replace(config.server, **server))
+    if reason := not_shared(config, registry):
+        file.refuse(("server", "workers"), reason)
+    return config, registry
+
+
+def not_shared(config: Config, registry: Registry) -> str | None:
+    """Why the storage cannot be used by as many processes as are configured, if it cannot."""
+    reason = registry.storages[config.storage.name].single_process
+    if config.server.workers == 1 or reason is None:
+        return None
+    return f"must be 1 with the storage {config.storage.name}: {reason}"
 
 
 def offers(registry: Registry) -> Offers:
@@ -155,44 +170,114 @@ def route_models(config: Config, providers: dict[str, Provider]) -> Router:
 
 
 @dataclass(frozen=True, slots=True)
+class Answerers:
+    """What answers turns, open until `close`; a second call of that does nothing."""
+
+    router: Router
+    interceptors: Sequence[tuple[str, Interceptor]]
+    _stack: AsyncExitStack
+
+    async def close(self) -> None:
+        """Closes providers and interceptors. Call it when no turn is answered by them any more."""
+        await self._stack.aclose()
+
+
+@dataclass(frozen=True, slots=True)
 class Runtime:
     """Everything that is open while a server runs."""
 
     application: Application
     services: Services
-    router: Router
+    answerers: Answerers
+    counters: Counters
+
+    @property
+    def router(self) -> Router:
+        """Picks the providers."""
+        return self.answerers.router
 
 
-async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack) -> Runtime:
-    """Opens everything; `stack` closes it in the right order. Raises `PluginError`."""
+async def open_answerers(config: Config, registry: Registry) -> Answerers:
+    """Opens providers and interceptors. The caller closes them. Raises `PluginError`."""
+    async with AsyncExitStack() as stack:
+        router = route_models(config, await open_providers(config, registry, stack))
+        interceptors: list[tuple[str, Interceptor]] = []
+        for use in config.interceptors:
+            offer = registry.interceptors[use.name]
+            interceptors.append(
+                (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
+            )
+            stack.push_async_callback(_closed, f"interceptor {use.name}", interceptors[-1][1].close)
+        return Answerers(router, interceptors, stack.pop_all())
+
+
+async def open_runtime(
+    config: Config,
+    registry: Registry,
+    stack: AsyncExitStack,
+    counters: Counters | None = None,
+) -> Runtime:
+    """Opens everything; `stack` closes it in the right order. Raises `PluginError`.
+
+    :param counters: what limits are counted with, when they were before.
+    """
     storage = await open_storage(config, registry)
     stack.push_async_callback(_closed, "storage", storage.close)
-    router = route_models(config, await open_providers(config, registry, stack))
-    interceptors: list[tuple[str, Interceptor]] = []
-    for use in config.interceptors:
-        offer = registry.interceptors[use.name]
-        interceptors.append(
-            (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
-        )
-        stack.push_async_callback(_closed, f"interceptor {use.name}", interceptors[-1][1].close)
+    answerers = await open_answerers(config, registry)
+    stack.push_async_callback(answerers.close)
     running = Turns(
         storage,
-        router,
-        interceptors,
+        answerers.router,
+        answerers.interceptors,
         lease_seconds=config.server.lease_seconds,
         budgets=Budgets(storage, config.limits),
     )
     stack.push_async_callback(running.close)
     await running.open()
+    counters = counters or WindowCounters()
+    return _put_together(config, registry, storage, running, answerers, counters)
+
+
+async def open_again(config: Config, registry: Registry, runtime: Runtime) -> Runtime:
+    """The same with another configuration, on the storage and with the turns of `runtime`.
+
+    Turns that begin from now on are answered by what is open anew; what it is in place of stays
+    open for those that run. The caller closes both. Raises `PluginError`, and changes nothing then.
+    """
+    services = runtime.services
+    answerers = await open_answerers(config, registry)
+    try:
+        made = _put_together(
+            config, registry, services.storage, services.turns, answerers, runtime.counters
+        )
+    except PluginError:
+        await answerers.close()
+        raise
+    services.turns.answer_with(
+        answerers.router, answerers.interceptors, config.limits, config.server.lease_seconds
+    )
+    return made
+
+
+def _put_together(
+    config: Config,
+    registry: Registry,
+    storage: Storage,
+    running: Turns,
+    answerers: Answerers,
+    counters: Counters,
+) -> Runtime:
+    """What is open, as an application. Raises `PluginError`."""
     access = Access(
         storage,
         default_origins=config.server.allowed_origins,
         public_url=config.server.public_url,
         cache_seconds=config.server.chatbot_cache_seconds,
     )
-    limits = Limits(config.limits, WindowCounters(), trusted_proxies=config.server.trusted_proxies)
+    limits = Limits(config.limits, counters, trusted_proxies=config.server.trusted_proxies)
     services = Services(config.server, storage, access, limits, running)
-    return Runtime(build_application(services, registry.routes), services, router)
+    application = build_application(services, registry.routes)
+    return Runtime(application, services, answerers, counters)
 
 
 async def first_chatbot(config: Config, storage: Storage) -> tuple[Chatbot, str] | None:

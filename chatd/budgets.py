@@ -105,7 +105,8 @@ class Budgets:
     ) -> None:
         self._now = now or _now
         self._storage = storage
-        self._defaults = defaults
+        self.defaults = defaults
+        """For chatbots that set nothing else."""
         self._ledgers: dict[str, _Ledger] = {}
 
     async def reserve(self, chatbot: Chatbot) -> Reservation | None:
@@ -117,12 +118,12 @@ class Budgets:
         settings = chatbot.settings
         budget = settings.daily_budget_usd
         if budget is None:
-            budget = self._defaults.daily_budget_usd
+            budget = self.defaults.daily_budget_usd
         if isinstance(budget, str):
             return None
         reserve = settings.turn_reserve_usd
         if reserve is None:
-            reserve = self._defaults.turn_reserve_usd
+            reserve = self.defaults.turn_reserve_usd
         now = self._now()
         ledger = self._ledger(chatbot.id, now.date())
         await self._learn(chatbot.id, ledger, reserve)

@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
-from dotenv import load_dotenv
 
 from chatd.breaker import BreakerSettings
 from chatd.errors import ConfigError
@@ -57,6 +56,13 @@ class ServerConfig:
     drain_seconds: float = 25
     lease_seconds: float = 30
     trusted_proxies: int = 0
+    workers: int = 1
+    header_timeout: float = 15
+    keep_alive_seconds: float = 100
+    unread_seconds: float = 60
+    max_connections: int = 4096
+    max_connections_per_address: int = 256
+    block_seconds: float = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +197,10 @@ class ConfigFile:
         """The checked configuration. Raises `ConfigError` with every fault, in line order."""
         self._refuse([*self._faults, *self._plugin_faults(offers)])
         return _build(self.values)
+
+    def refuse(self, path: Path, text: str) -> NoReturn:
+        """Raises `ConfigError` for a value that only more than this file shows to be a fault."""
+        raise ConfigError([f"{self.path}:{self._line(path)}: {_dotted(path)}: {text}"])
 
     def check_storage(self, offers: Offers) -> Use:
         """The checked part `storage`, whatever the others say. Raises `ConfigError`."""
@@ -469,17 +479,6 @@ def _build(values: Mapping[str, Any]) -> Config:
         first_chatbot=FirstChatbot(**first) if first else None,
         log_level=values.get("log_level", "info"),
     )
-
-
-def load_env_file(folder: FilePath) -> None:
-    """Reads `.env` in `folder`, if there is one; what the environment already says stays.
-
-    Raises `ConfigError` when it is not UTF-8 text.
-    """
-    try:
-        load_dotenv(folder / ".env", override=False)
-    except UnicodeDecodeError:
-        raise ConfigError([f"{folder / '.env'}: cannot be read: it is not UTF-8 text"]) from None
 
 
 def find_config(given: FilePath | None, folder: FilePath, packaged: FilePath) -> FilePath:

@@ -33,6 +33,8 @@ class Offer(Generic[T]):
     plugin: str
     options: Schema | None = None
     """What a chatbot's `provider_options` may say to it; None is nothing."""
+    single_process: str | None = None
+    """Why the processes of one server cannot share it; None when they can."""
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class Register(Generic[T]):
         description: str,
         *,
         options_schema: Mapping[str, Any] | None = None,
+        single_process: str | None = None,
     ) -> None:
         """Offers something under `name`, the word after `use:` in the configuration.
 
@@ -60,6 +63,8 @@ class Register(Generic[T]):
         :param options_schema: for providers: a Draft 2020-12 schema of what a chatbot's
             `provider_options` may say under `name`, an object; it comes with each request as
             `ProviderRequest.options`. None takes no options.
+        :param single_process: for storages that must not be used with `server.workers` above 1:
+            a sentence for the operator that says why, and what to do instead.
         """
         if other := self.offers.get(name):
             raise PluginError(
@@ -80,7 +85,9 @@ class Register(Generic[T]):
         options = None
         if options_schema is not None:
             options = self._compiled("options_schema", name, options_schema)
-        self.offers[name] = Offer(name, open, compiled, description, self.plugin, options)
+        self.offers[name] = Offer(
+            name, open, compiled, description, self.plugin, options, single_process
+        )
 
     def _compiled(self, what: str, name: str, document: Mapping[str, Any]) -> Schema:
         try:

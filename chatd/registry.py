@@ -46,6 +46,7 @@ class Registry:
     interceptors: dict[str, Offer[Interceptor]] = field(default_factory=dict)
     routes: list[tuple[str, type[RequestHandler]]] = field(default_factory=list)
     plugins: list[Loaded] = field(default_factory=list)
+    _modules: dict[str, str] = field(default_factory=dict)
     _manager: pluggy.PluginManager = field(
         default_factory=lambda: pluggy.PluginManager(hookspecs.PROJECT)
     )
@@ -54,6 +55,17 @@ class Registry:
         """Lets each plugin add its subcommands to `cli`."""
         for plugin in self.plugins:
             self._call(plugin.name, "chatd_register_commands", cli=cli)
+
+    def plugin_of(self, module: str) -> str | None:
+        """The plugin whose code a module is, by the module's name; None for everybody else's."""
+        parents = [module.rsplit(".", n)[0] for n in range(module.count(".") + 1)]
+        for parent in parents:
+            if (plugin := self._modules.get(parent)) is not None:
+                return plugin
+        # A distribution with one plugin: the rest of its package is the plugin's as well.
+        top = module.partition(".")[0]
+        owners = {p for name, p in self._modules.items() if name.partition(".")[0] == top}
+        return owners.pop() if len(owners) == 1 and top != hookspecs.PROJECT else None
 
     def _call(self, plugin: str, hook: str, **arguments: Any) -> None:
         """Calls one hook of one plugin, whose name any failure then carries."""
@@ -71,6 +83,7 @@ class Registry:
             self._manager.register(module, name=name)
         except pluggy.PluginValidationError as error:
             raise PluginError(_failed(name, f"has a hook that does not fit: {error}")) from error
+        self._modules[module.__name__] = name
         callers = self._manager.get_hookcallers(module) or []
         self.plugins.append(Loaded(name, source, tuple(sorted(c.name for c in callers))))
         self._call(

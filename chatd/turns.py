@@ -19,6 +19,7 @@ from typing import Any
 from chatd.answering import RunningTurn, around, asked, collect, storable, unfinished
 from chatd.bookkeeping import STORE_SECONDS, Books
 from chatd.budgets import Budgets
+from chatd.config import LimitsConfig
 from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
 from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, StorageUnavailable
 from chatd.estimates import Estimates, Said
@@ -111,6 +112,32 @@ class Turns:
         """Clears up after processes that died, and goes on doing so."""
         await self._books.sweep()
         self._keeper = asyncio.create_task(self._books.keep(self._leases, self._told))
+
+    def answer_with(
+        self,
+        router: Router,
+        interceptors: Sequence[tuple[str, Interceptor]],
+        limits: LimitsConfig,
+        lease_seconds: float,
+    ) -> None:
+        """Lets turns that begin from now on be answered by these; others keep what they have."""
+        self._router = router
+        self._interceptors = tuple(interceptors)
+        self._books.lease_seconds = lease_seconds
+        if self._budgets is not None:
+            self._budgets.defaults = limits
+
+    async def outlived(self) -> None:
+        """Returns when every turn that is begun or runs now has ended, and is settled.
+
+        Those that were given up because they do not end are not waited for.
+        """
+        for beginning in list(self._beginning.values()):
+            await beginning.wait()
+        for tasks in (self._books.tasks, self._trailing):
+            now = set(tasks)
+            while pending := {task for task in now if not task.done()} - self.stuck:
+                await asyncio.wait(pending, timeout=1)
 
     # Starting
 
@@ -402,12 +429,13 @@ class Turns:
 
     def _events(self, turn: RunningTurn, request: ProviderRequest) -> AsyncGenerator[Event, None]:
         """The events of the turn, through the interceptors in their order."""
+        router = self._router
         if not self._interceptors:
-            return self._router.stream(request, turn.trail)
+            return router.stream(request, turn.trail)
 
         def ask(context: TurnContext) -> AsyncGenerator[Event, None]:
             turn.request = replace(request, messages=context.messages)
-            return self._router.stream(turn.request, turn.trail)
+            return router.stream(turn.request, turn.trail)
 
         proceed: Proceed = ask
         for name, interceptor in reversed(self._interceptors):

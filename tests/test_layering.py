@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"domain", "errors", "sse", "logs", "watchdog", "tuning"},
-    {"validation", "schemas", "http_errors", "origins"},
+    {"domain", "errors", "sse", "logs", "watchdog", "loop_watch", "tuning"},
+    {"validation", "schemas", "http_errors", "origins", "env_file"},
     {"storage", "provider", "breaker", "prices", "identity"},
     {"interceptor", "reply", "racing", "http_provider"},
     {"offers"},
@@ -19,8 +19,10 @@ FLOORS = [
     {"turns"},
     {"handlers"},
     {"openapi"},
-    {"app"},
+    {"app", "connections"},
+    {"reload"},
     {"server"},
+    {"supervisor"},
     {"cli", "testing"},
     {"__main__"},
 ]

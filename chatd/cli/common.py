@@ -13,8 +13,9 @@ from typing import ParamSpec, TypeVar
 import click
 
 from chatd.app import load, open_storage, packaged_config
-from chatd.config import find_config, load_env_file
+from chatd.config import find_config
 from chatd.domain import Chatbot, canonical_id
+from chatd.env_file import EnvFile
 from chatd.errors import ChatdError, RequestError
 from chatd.registry import Registry
 from chatd.storage import Storage
@@ -34,7 +35,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 def configured(given: Path | None) -> Path:
     """The configuration file to use, once `.env` here is read."""
-    load_env_file(Path())
+    EnvFile(Path()).read()
     return find_config(given, Path(), packaged_config())
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from chatd import logs, tuning
-from chatd.app import load
-from chatd.cli.common import config_option, configured, reports_errors
-from chatd.config import Config
+from chatd.app import load, packaged_config
+from chatd.cli.common import config_option, reports_errors
+from chatd.cli.restarting import serve_anew
+from chatd.config import Config, find_config
 from chatd.domain import Chatbot
+from chatd.env_file import EnvFile
 from chatd.registry import Registry
+from chatd.reload import Load
+from chatd.server import Worker, listen
 from chatd.server import serve as serve_until_stopped
+from chatd.supervisor import Supervisor
 
 
 @click.command()
@@ -25,23 +32,66 @@ from chatd.server import serve as serve_until_stopped
     help="The address to listen on; 0.0.0.0 is every one of this machine.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), help="The port; 0 is any that is free.")
+@click.option(
+    "--workers", type=click.IntRange(1, 128), metavar="N", help="How many processes serve."
+)
+@click.option(
+    "--reload", is_flag=True, help="Start again whenever a file changes; for development."
+)
 @reports_errors
-def serve(config_path: Path | None, host: str | None, port: int | None) -> None:
-    """Serve until SIGTERM or Ctrl-C; running turns then finish first."""
-    path = configured(config_path)
-    config, registry = load(path)
-    server = dataclasses.replace(
-        config.server,
-        host=config.server.host if host is None else host,
-        port=config.server.port if port is None else port,
-    )
-    config = dataclasses.replace(config, server=server)
+def serve(
+    config_path: Path | None,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    reload: bool,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; running turns then finish first. SIGHUP reads the configuration
+    again."""
+    said: dict[str, Any] = {"host": host, "port": port, "workers": workers}
+    given = {name: value for name, value in said.items() if value is not None}
+    if reload:
+        named = [] if config_path is None else ["--config", str(config_path)]
+        options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        sys.exit(serve_anew(config_path, [*named, *options]))
+    env_file = EnvFile(Path())
+    env_file.read()
+    path = find_config(config_path, Path(), packaged_config())
+
+    def load_again() -> tuple[Config, Registry]:
+        env_file.read()
+        return load(path, **given)
+
+    config, registry = load(path, **given)
     logs.set_up(config.log_level)
+    if config.server.workers > 1:
+        sys.exit(_supervise(config, registry, path, load_again))
     tuning.run(
         serve_until_stopped(
-            config, registry, lambda port, made: _greet(config, registry, path, port, made)
+            config,
+            registry,
+            lambda port, made: _greet(config, registry, path, port, made),
+            load=load_again,
         )
     )
+
+
+def _supervise(config: Config, registry: Registry, path: Path, load_again: Load) -> int:
+    """Serves with several processes, and returns the exit code."""
+
+    def work(
+        config: Config, registry: Registry, worker: Worker, says_ready: Callable[[], None]
+    ) -> int:
+        def ready(port: int, made: tuple[Chatbot, str] | None) -> None:
+            if worker.is_first:
+                _greet(config, registry, path, port, made)
+            says_ready()
+
+        serving = serve_until_stopped(config, registry, ready, load=load_again, worker=worker)
+        reports_errors(tuning.run)(serving)
+        return 0
+
+    return Supervisor(config, registry, listen(config.server), work, load_again).run()
 
 
 def _greet(

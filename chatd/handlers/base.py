@@ -26,6 +26,7 @@ from chatd.errors import (
     InvalidApiKey,
     MalformedRequest,
     NotFound,
+    RateLimited,
     RequestError,
     StorageUnavailable,
 )
@@ -178,6 +179,11 @@ class ApiHandler(RequestHandler):
         if (origin := headers.get("Origin")) is not None:
             self._cors = await self.services.access.allows_origin_somewhere(origin)
             self._common_headers()
+        if getattr(getattr(self.request.connection, "stream", None), "is_crowding", False):
+            most = self.services.config.max_connections_per_address
+            raise RateLimited(
+                f"At most {most} requests at once are taken from one address.", retry_after=1
+            )
         sizes = [len(name) + len(value) for name, value in headers.get_all()]
         if len(sizes) > MAX_HEADERS:
             raise HeadersTooLarge(f"At most {MAX_HEADERS} headers are taken.")

@@ -45,6 +45,13 @@ class HeadersTooLarge(RequestError):
     default_detail = "The headers are too large or too many."
 
 
+class TooManyConnections(RequestError):
+    """The server has as many connections as it takes."""
+
+    code = "overloaded"
+    default_detail = "The server has as many connections as it takes. Come back a little later."
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What HTTP says of a code."""
@@ -75,6 +82,7 @@ PROBLEMS: dict[type[RequestError], Problem] = {
     errors.ProviderFailed: Problem(502, "The model provider failed"),
     StorageUnavailable: Problem(503, "Storage is unavailable"),
     errors.Overloaded: Problem(503, "The model provider is overloaded"),
+    TooManyConnections: Problem(503, "Too many connections"),
     errors.ShuttingDown: Problem(503, "The server is shutting down"),
     errors.ProviderTimeout: Problem(504, "The model provider took too long"),
 }

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 
 from chatd.app import Runtime, load, open_runtime
+from chatd.connections import ClientServer
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_id
 from chatd.storage import TurnRecord
 
@@ -107,7 +107,7 @@ class Served:
 async def open_served(config: Path, stack: AsyncExitStack) -> Served:
     """Serves a configuration on a free port of this process until `stack` is closed."""
     runtime = await open_runtime(*load(config), stack)
-    server = HTTPServer(runtime.application, max_body_size=2**62, max_header_size=1024 * 1024)
+    server = ClientServer(runtime.application, runtime.services.config)
     socket, port = bind_unused_port()
     server.add_sockets([socket])
     stack.push_async_callback(server.close_all_connections)

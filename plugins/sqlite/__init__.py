@@ -73,7 +73,19 @@ def _settings_on_a_dyno() -> dict[str, Any]:
     return {**_SETTINGS, "required": ["allow_ephemeral"], "properties": properties}
 
 
+_ONE_WRITER = (
+    "a SQLite file has one writer at a time: turns of several processes would wait for each "
+    "other's commits instead of sharing them. Use one worker, or supabase or postgres"
+)
+
+
 @chatd.hookimpl
 def chatd_register_storage(register: chatd.StorageRegister) -> None:
     settings = _settings_on_a_dyno() if os.environ.get("DYNO") else _SETTINGS
-    register.add("sqlite", open_sqlite, settings, "one file on this machine's disk (WAL)")
+    register.add(
+        "sqlite",
+        open_sqlite,
+        settings,
+        "one file on this machine's disk (WAL)",
+        single_process=_ONE_WRITER,
+    )
