@@ -98,6 +98,12 @@ def _settings_options(command: Any) -> Any:
             help='What a turn may cost, until it is known; "default" is the server\'s.',
         ),
         click.option(
+            "--retention-days",
+            metavar="DAYS",
+            help="After how many days without anything new a session is erased, with everything "
+            'said in it; "default" is never.',
+        ),
+        click.option(
             "--require-identity",
             metavar="yes|no",
             help="Whether the widget's visitors need a token that the site signs.",

@@ -22,6 +22,7 @@ from chatd.testing.storage.base import (
 from chatd.testing.storage.beginning import BeginningConformance
 from chatd.testing.storage.chatbots import ChatbotConformance
 from chatd.testing.storage.ending import EndingConformance
+from chatd.testing.storage.erasing import ErasingConformance
 from chatd.testing.storage.idempotency import IdempotencyConformance
 from chatd.testing.storage.kept import KeptConformance
 from chatd.testing.storage.leases import LeaseConformance
@@ -47,6 +48,7 @@ class StorageConformance(
     IdempotencyConformance,
     EndingConformance,
     UsageConformance,
+    ErasingConformance,
     KeptConformance,
     MovingConformance,
 ):

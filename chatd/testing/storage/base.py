@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from chatd.domain import (
     Chatbot,
     Message,
     Session,
+    StoredMessage,
     TurnStatus,
     hash_api_key,
     new_api_key,
@@ -20,8 +22,11 @@ from chatd.domain import (
 from chatd.storage import (
     BeginTurn,
     BegunTurn,
+    ExportedTurn,
     FinishTurn,
+    SessionPart,
     Storage,
+    TurnRecord,
 )
 
 Opener = Callable[[], Awaitable[Storage]]
@@ -111,3 +116,13 @@ async def complete(
 async def transcript(storage: Storage, session: Session) -> Sequence[tuple[str, str]]:
     page = await storage.list_messages(session.id, session.chatbot_id, limit=1000)
     return [(message.role, message.content) for message in page.data]
+
+
+async def past(storage: Storage, chatbot: Chatbot, time: datetime) -> Session:
+    """A session with a turn that began at this time."""
+    session, id = Session(new_id(), chatbot.id, created_at=time), new_id()
+    completed = TurnStatus.COMPLETED
+    turn = TurnRecord(id, session.id, chatbot.id, completed, started_at=time, finished_at=time)
+    said = [StoredMessage(1, "user", "Hello", time, id)]
+    await storage.import_session(SessionPart(session, 0, said, [ExportedTurn(turn, 1)], False))
+    return session

@@ -71,6 +71,37 @@ class MovingConformance(StorageCase):
         assert all(s.created_at is not None and s.user_id == "v" for s in seen)
         assert list(await storage.list_sessions(limit=3, after=seen[-1].id)) == []
 
+    async def test_the_sessions_of_a_chatbot_and_of_a_user_are_listed(
+        self, storage: Storage, chatbot: Chatbot
+    ) -> None:
+        other = a_chatbot()
+        await storage.add_chatbot(other)
+        made = [
+            Session(new_id(), owner.id, "api", user)
+            for owner in (chatbot, other)
+            for user in ("ann", "ann", "bob", None)
+        ]
+        for session in made:
+            await storage.create_session(session)
+
+        async def told(**wanted: str) -> set[str]:
+            found: list[str] = []
+            while page := await storage.list_sessions(
+                limit=2, after=found[-1] if found else None, **wanted
+            ):
+                found += [session.id for session in page]
+            assert found == sorted(set(found))
+            return set(found)
+
+        for wanted in ({}, {"chatbot_id": other.id}, {"user_id": "ann"},
+                       {"chatbot_id": other.id, "user_id": "ann"}, {"user_id": "a"}):  # fmt: skip
+            fits = {
+                s.id
+                for s in made
+                if all(getattr(s, name) == value for name, value in wanted.items())
+            }
+            assert await told(**wanted) == fits, wanted
+
     async def test_a_session_is_tallied(self, storage: Storage, session: Session) -> None:
         assert await storage.tally_session(new_id()) is None
         assert await storage.tally_session(session.id) == Tally()

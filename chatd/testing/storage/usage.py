@@ -12,17 +12,13 @@ import pytest
 from chatd.domain import (
     Chatbot,
     Session,
-    StoredMessage,
     TurnStatus,
     Usage,
     new_id,
 )
 from chatd.storage import (
-    ExportedTurn,
     FinishTurn,
-    SessionPart,
     Storage,
-    TurnRecord,
     UsageBy,
     UsageTotal,
 )
@@ -33,6 +29,7 @@ from chatd.testing.storage.base import (
     begin,
     complete,
     keyed,
+    past,
 )
 
 
@@ -275,16 +272,6 @@ async def take(
     begun = await begin(storage, a_turn(session))
     assert await storage.finish_turn(FinishTurn(begun.turn_id, status, usage=usage, **more))
     return begun.turn_id
-
-
-async def past(storage: Storage, chatbot: Chatbot, time: datetime) -> Session:
-    """A session with a turn that began at this time."""
-    session, id = Session(new_id(), chatbot.id, created_at=time), new_id()
-    completed = TurnStatus.COMPLETED
-    turn = TurnRecord(id, session.id, chatbot.id, completed, started_at=time, finished_at=time)
-    said = [StoredMessage(1, "user", "Hello", time, id)]
-    await storage.import_session(SessionPart(session, 0, said, [ExportedTurn(turn, 1)], False))
-    return session
 
 
 async def totals(storage: Storage, by: UsageBy) -> list[UsageTotal]:
