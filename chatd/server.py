@@ -20,6 +20,7 @@ from chatd.domain import Chatbot
 from chatd.errors import ChatdError
 from chatd.racing import hung_up
 from chatd.registry import Registry
+from chatd.retention import RetentionJob
 from chatd.routing import CLOSE_SECONDS
 from chatd.turns import Turns
 
@@ -87,6 +88,9 @@ async def serve(config: Config, registry: Registry, ready: Ready) -> None:
             body_timeout=config.server.body_timeout,
         )
         server.add_sockets(sockets)
+        retention = RetentionJob(runtime.services.storage)
+        stack.push_async_callback(retention.close)
+        retention.open()
         ready(sockets[0].getsockname()[1], made)
         await signals.stopping.wait()
         log.info("stopping: running turns have %s s to finish", config.server.drain_seconds)

@@ -14,7 +14,7 @@ FLOORS = [
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
-    {"routing", "limits", "budgets", "access", "copying"},
+    {"routing", "limits", "budgets", "access", "copying", "exporting", "retention"},
     {"answering", "bookkeeping", "settling"},
     {"turns"},
     {"handlers"},
@@ -44,6 +44,8 @@ DOMAIN = {
     "budgets",
     "identity",
     "copying",
+    "exporting",
+    "retention",
 }
 
 

@@ -40,6 +40,7 @@ class ChatbotConformance(StorageCase):
             identity_secrets=("a secret of the site",),
             limits={"turns_per_ip": "5/minute, 50/hour"},
             daily_budget_usd=2.5,
+            retention_days=90,
         )
         chatbot = a_chatbot(name="Zoë", settings=settings)
         await storage.add_chatbot(chatbot)
