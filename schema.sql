@@ -955,6 +955,28 @@ DECLARE
         "chatd_erase_locked": "uuid[]", "chatd_idle": "uuid, timestamptz",
         "chatd_erase_idle_sessions": "jsonb",
         "chatd_usage": "uuid, uuid, timestamptz, timestamptz", "chatd_usage_totals": "jsonb"}';
+    -- The beginnings of the MD5 digests of what functions do; a test says what they must be.
+    bodies constant jsonb := '{
+        "chatd_add_chatbot": "958046f4", "chatd_allowed_origins": "4ee386b7",
+        "chatd_begin_turn": "6326eaf8", "chatd_begin_turns": "d06f1234",
+        "chatd_begun": "0cae5ec8", "chatd_chatbot_json": "aef67f73",
+        "chatd_create_session": "211a2bf4", "chatd_delete_session": "e056461c",
+        "chatd_erase_idle_sessions": "22f1a610", "chatd_erase_locked": "1c2b7691",
+        "chatd_export_session": "0762ea92", "chatd_export_sessions": "24dbab57",
+        "chatd_finish_turn": "71c4e7f0", "chatd_finish_turns": "c260f87b",
+        "chatd_get_chatbot": "34caf171", "chatd_get_chatbot_by_key": "32b81831",
+        "chatd_get_session": "cc08abcf", "chatd_get_turn": "2ea1b448",
+        "chatd_hash_api_key": "f90e5a86", "chatd_history": "1bebeeb6", "chatd_idle": "a6e8cf47",
+        "chatd_import_session": "ee79b026", "chatd_import_sessions": "400458c5",
+        "chatd_list_chatbots": "27ac95e8", "chatd_list_messages": "fc9170b6",
+        "chatd_list_sessions": "a10e03a7", "chatd_rate_turn": "4af26e94",
+        "chatd_remove_chatbot": "57e0afa4", "chatd_renew_turns": "25a17fbb",
+        "chatd_running_turn": "34d26574", "chatd_schema_version": "b4b2127a",
+        "chatd_set_api_key": "35c4a805", "chatd_settle_turn": "bdf6b85f",
+        "chatd_stop_turn": "ec7d3fbd", "chatd_sweep": "67de527f",
+        "chatd_tally_session": "942e1c10", "chatd_tally_sessions": "bb5699fb",
+        "chatd_turn_json": "734030fb", "chatd_update_chatbot": "578e6133",
+        "chatd_usage": "e4f64c47", "chatd_usage_totals": "f839ea58"}';
     -- Indexes, as pg_get_indexdef tells them.
     indexes constant jsonb := '{
         "sessions_by_chatbot": "CREATE INDEX sessions_by_chatbot ON public.sessions USING btree (chatbot_id, session_id)",
@@ -1025,6 +1047,15 @@ BEGIN
         FROM jsonb_each_text(callable) w
         WHERE to_regprocedure(format('public.%s(%s)', w.key, w.value)) IS NULL
         HAVING count(*) > 0);
+    IF version = 5 THEN
+        found := found || ARRAY(
+            SELECT jsonb_build_object('problem',
+                format('%s is not what chatd makes it', p.oid::regprocedure), 'cure', again)
+            FROM pg_proc p
+            WHERE p.pronamespace = 'public'::regnamespace AND bodies ? p.proname::text
+                AND left(md5(p.prosrc), 8) <> bodies->>p.proname::text
+            ORDER BY p.oid::regprocedure::text);
+    END IF;
 
     -- Who gets in.
     found := found || ARRAY(
@@ -1103,6 +1134,40 @@ BEGIN
             AND NOT coalesce(v.reloptions && ARRAY['security_invoker=true', 'security_invoker=on',
                 'security_invoker=1', 'security_invoker=yes'], false)
         ORDER BY v.oid::regclass::text);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s, with its owner''s rights, lets %s use chatd''s tables',
+                p.oid::regprocedure, w.names),
+            'cure', format('REVOKE ALL ON ROUTINE %s FROM %s;', p.oid::regprocedure,
+                array_to_string(public_roles, ', ')))
+        FROM pg_proc p, LATERAL (
+            SELECT string_agg(n.name, ', ' ORDER BY n.name) AS names
+            FROM unnest(public_roles) AS n (name)
+            WHERE has_function_privilege(n.name, p.oid, 'EXECUTE')) w
+        WHERE p.pronamespace = 'public'::regnamespace AND p.prosecdef AND w.names IS NOT NULL
+            AND p.proname NOT LIKE 'chatd\_%' AND p.prokind IN ('f', 'p')
+            AND p.prorettype <> 'trigger'::regtype AND pg_get_functiondef(p.oid)
+                ~ ('(\mpublic\.|[^.\w])(chatd_\w+|' || (SELECT string_agg(k, '|') FROM jsonb_object_keys(wanted) k) || ')\M')
+        ORDER BY p.oid::regprocedure::text);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s is not held by row-level security', r.rolname),
+            'cure', format('ALTER ROLE %I %s;', r.rolname, CASE WHEN r.rolsuper
+                THEN 'NOSUPERUSER NOBYPASSRLS' ELSE 'NOBYPASSRLS' END))
+        FROM pg_roles r
+        WHERE r.rolname = ANY (public_roles) AND (r.rolbypassrls OR r.rolsuper)
+        ORDER BY r.rolname);
+    -- Direct memberships, by which a role is taken on that may do something.
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s may become %s, which may use chatd''s tables', u.rolname, o.rolname),
+            'cure', format('REVOKE %I FROM %I;', o.rolname, u.rolname))
+        FROM pg_auth_members m JOIN pg_roles u ON u.oid = m.member JOIN pg_roles o ON o.oid = m.roleid
+        WHERE u.rolname = ANY (public_roles) AND NOT o.rolname = ANY (public_roles) AND EXISTS (
+            SELECT FROM pg_roles r, unnest(ours) AS c (oid), unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS w (what)
+            WHERE pg_has_role(o.oid, r.oid, 'MEMBER')
+                AND (r.rolsuper OR has_any_column_privilege(r.oid, c.oid, w.what)))
+        ORDER BY u.rolname, o.rolname);
     found := found || ARRAY(
         SELECT jsonb_build_object('problem',
             format('%s runs with its owner''s rights', p.oid::regprocedure),
