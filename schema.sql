@@ -89,7 +89,12 @@ CREATE TABLE IF NOT EXISTS public.usage_of_erased (
     rated_down bigint NOT NULL
 );
 
-CREATE INDEX IF NOT EXISTS sessions_of_chatbot ON public.sessions (chatbot_id);
+-- The index of older versions, which the first of these does the work of.
+DROP INDEX IF EXISTS public.sessions_of_chatbot;
+CREATE INDEX IF NOT EXISTS sessions_by_chatbot ON public.sessions (chatbot_id, session_id);
+CREATE INDEX IF NOT EXISTS sessions_by_age ON public.sessions (chatbot_id, created_at, session_id);
+CREATE INDEX IF NOT EXISTS sessions_of_user ON public.sessions (user_id, session_id)
+    WHERE user_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS conversations_of_session ON public.conversations (session_id, id);
 CREATE UNIQUE INDEX IF NOT EXISTS turns_of_session ON public.turns (session_id, seq);
 CREATE UNIQUE INDEX IF NOT EXISTS one_running_turn ON public.turns (session_id)
@@ -122,7 +127,7 @@ UPDATE public.chatbots SET api_key = api_key WHERE api_key !~ '^sha256:[0-9a-f]{
 
 -- Not IMMUTABLE: a plan that PostgREST keeps would hold the answer and give it to anybody.
 CREATE OR REPLACE FUNCTION public.chatd_schema_version() RETURNS integer
-LANGUAGE sql STABLE SET search_path = '' AS $$ SELECT 4 $$;
+LANGUAGE sql STABLE SET search_path = '' AS $$ SELECT 5 $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_chatbot_json(b public.chatbots) RETURNS jsonb
 LANGUAGE sql STABLE SET search_path = '' AS $$
@@ -286,6 +291,39 @@ BEGIN
         GROUP BY 1, 2) total);
 END $$;
 
+-- Erases sessions that the caller has locked, and keeps what their turns took. Says how many.
+CREATE OR REPLACE FUNCTION public.chatd_erase_locked(wanted uuid[]) RETURNS integer
+LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    erased integer;
+BEGIN
+    -- In one order, so that two who erase at once never wait for each other.
+    INSERT INTO public.usage_of_erased AS u
+    SELECT g.chatbot_id, g.day, g.model, g.side, sum(g.turns)::bigint, sum(g.completed)::bigint,
+        sum(g.failed)::bigint, sum(g.stopped)::bigint, sum(g.interrupted)::bigint,
+        sum(g.input_tokens)::bigint, sum(g.output_tokens)::bigint, sum(g.cached_tokens)::bigint,
+        sum(g.reasoning_tokens)::bigint, sum(g.cost_usd), sum(g.unknown_cost)::bigint,
+        sum(g.rated_up)::bigint, sum(g.rated_down)::bigint
+    FROM unnest(wanted) AS w (id), LATERAL public.chatd_usage(w.id, NULL, NULL, NULL) g
+    GROUP BY g.chatbot_id, g.day, g.model, g.side
+    ORDER BY g.chatbot_id, g.day, g.model, g.side
+    ON CONFLICT (chatbot_id, day, coalesce(model, ''), coalesce(side, '')) DO UPDATE SET
+        turns = u.turns + excluded.turns, completed = u.completed + excluded.completed,
+        failed = u.failed + excluded.failed, stopped = u.stopped + excluded.stopped,
+        interrupted = u.interrupted + excluded.interrupted,
+        input_tokens = coalesce(u.input_tokens + excluded.input_tokens, u.input_tokens, excluded.input_tokens),
+        output_tokens = coalesce(u.output_tokens + excluded.output_tokens, u.output_tokens, excluded.output_tokens),
+        cached_tokens = coalesce(u.cached_tokens + excluded.cached_tokens, u.cached_tokens, excluded.cached_tokens),
+        reasoning_tokens = coalesce(u.reasoning_tokens + excluded.reasoning_tokens, u.reasoning_tokens, excluded.reasoning_tokens),
+        cost_usd = coalesce(u.cost_usd + excluded.cost_usd, u.cost_usd, excluded.cost_usd),
+        unknown_cost = u.unknown_cost + excluded.unknown_cost,
+        rated_up = u.rated_up + excluded.rated_up,
+        rated_down = u.rated_down + excluded.rated_down;
+    DELETE FROM public.sessions s WHERE s.session_id = ANY (wanted);
+    GET DIAGNOSTICS erased = ROW_COUNT;
+    RETURN erased;
+END $$;
+
 CREATE OR REPLACE FUNCTION public.chatd_delete_session(args jsonb) RETURNS jsonb
 LANGUAGE plpgsql SET search_path = '' AS $$
 DECLARE
@@ -299,23 +337,60 @@ BEGIN
     IF NOT FOUND THEN
         RETURN 'false';
     END IF;
-    -- In one order, so that two sessions that are erased at once never wait for each other.
-    INSERT INTO public.usage_of_erased AS u
-    SELECT g.* FROM public.chatd_usage(wanted, NULL, NULL, NULL) g ORDER BY g.day, g.model, g.side
-    ON CONFLICT (chatbot_id, day, coalesce(model, ''), coalesce(side, '')) DO UPDATE SET
-        turns = u.turns + excluded.turns, completed = u.completed + excluded.completed,
-        failed = u.failed + excluded.failed, stopped = u.stopped + excluded.stopped,
-        interrupted = u.interrupted + excluded.interrupted,
-        input_tokens = coalesce(u.input_tokens + excluded.input_tokens, u.input_tokens, excluded.input_tokens),
-        output_tokens = coalesce(u.output_tokens + excluded.output_tokens, u.output_tokens, excluded.output_tokens),
-        cached_tokens = coalesce(u.cached_tokens + excluded.cached_tokens, u.cached_tokens, excluded.cached_tokens),
-        reasoning_tokens = coalesce(u.reasoning_tokens + excluded.reasoning_tokens, u.reasoning_tokens, excluded.reasoning_tokens),
-        cost_usd = coalesce(u.cost_usd + excluded.cost_usd, u.cost_usd, excluded.cost_usd),
-        unknown_cost = u.unknown_cost + excluded.unknown_cost,
-        rated_up = u.rated_up + excluded.rated_up,
-        rated_down = u.rated_down + excluded.rated_down;
-    DELETE FROM public.sessions s WHERE s.session_id = wanted;
-    RETURN to_jsonb(FOUND);
+    RETURN to_jsonb(public.chatd_erase_locked(ARRAY[wanted]) > 0);
+END $$;
+
+-- Whether nothing runs in a session, and nothing happened in it since.
+CREATE OR REPLACE FUNCTION public.chatd_idle(wanted uuid, since timestamptz) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = '' AS $$
+    SELECT NOT EXISTS (
+            SELECT FROM public.turns t WHERE t.session_id = wanted AND t.status = 'running')
+        AND coalesce((SELECT greatest(t.started_at, t.finished_at) FROM public.turns t
+            WHERE t.session_id = wanted ORDER BY t.seq DESC LIMIT 1) < since, true)
+        AND coalesce((SELECT c."timestamp" FROM public.conversations c
+            WHERE c.session_id = wanted ORDER BY c.id DESC LIMIT 1) < since, true)
+$$;
+
+CREATE OR REPLACE FUNCTION public.chatd_erase_idle_sessions(args jsonb) RETURNS jsonb
+LANGUAGE plpgsql SET search_path = '' AS $$
+DECLARE
+    bot uuid := args->>'chatbot_id';
+    since timestamptz := args->>'before';
+    most integer := args->>'limit';
+    looked integer := 0;
+    messages bigint := 0;
+    wanted uuid[] := '{}';
+    place jsonb;
+    entry record;
+BEGIN
+    PERFORM FROM public.chatbots b WHERE b.id = bot FOR KEY SHARE;
+    FOR entry IN
+        SELECT s.session_id, s.created_at FROM public.sessions s
+        WHERE s.chatbot_id = bot AND s.created_at < since
+            AND (s.created_at, s.session_id) > (
+                coalesce((args->'after'->>0)::timestamptz, '-infinity'),
+                coalesce((args->'after'->>1)::uuid, '00000000-0000-0000-0000-000000000000'))
+        ORDER BY s.created_at, s.session_id LIMIT most
+    LOOP
+        looked := looked + 1;
+        IF public.chatd_idle(entry.session_id, since) THEN
+            -- Passes over what another process erases, or where a turn begins. Once it is locked
+            -- no turn begins; one may have, just before.
+            PERFORM FROM public.sessions s WHERE s.session_id = entry.session_id
+            FOR UPDATE SKIP LOCKED;
+            IF FOUND AND public.chatd_idle(entry.session_id, since) THEN
+                wanted := wanted || entry.session_id;
+                messages := messages + (SELECT count(*) FROM public.conversations c
+                    WHERE c.session_id = entry.session_id);
+            END IF;
+        END IF;
+        -- So many that a call ends long before its time is over.
+        IF looked = most OR messages > 5000 THEN
+            place := jsonb_build_array(entry.created_at, entry.session_id);
+            EXIT;
+        END IF;
+    END LOOP;
+    RETURN jsonb_build_object('sessions', public.chatd_erase_locked(wanted), 'after', place);
 END $$;
 
 CREATE OR REPLACE FUNCTION public.chatd_list_messages(args jsonb) RETURNS jsonb
@@ -619,14 +694,19 @@ END $$;
 -- Moving (`chatd storage copy`). A message is told by its place in its session, counted from 0.
 
 CREATE OR REPLACE FUNCTION public.chatd_list_sessions(args jsonb) RETURNS jsonb
-LANGUAGE plpgsql STABLE SET search_path = '' AS $$
+-- Planned for what is asked: all sessions, a chatbot's or a user's.
+LANGUAGE plpgsql STABLE SET search_path = '' SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
     last uuid := args->>'after';
+    bot uuid := args->>'chatbot_id';
+    visitor text := args->>'user_id';
 BEGIN
     RETURN (SELECT coalesce(jsonb_agg(to_jsonb(s) ORDER BY s.session_id), '[]') FROM (
         SELECT o.* FROM public.sessions o
         WHERE o.session_id >= coalesce(last, '00000000-0000-0000-0000-000000000000')
             AND o.session_id IS DISTINCT FROM last
+            AND (bot IS NULL OR o.chatbot_id = bot)
+            AND (visitor IS NULL OR o.user_id = visitor)
         ORDER BY o.session_id LIMIT (args->>'limit')::integer) s);
 END $$;
 
@@ -872,10 +952,36 @@ DECLARE
         "chatd_export_session": "jsonb", "chatd_import_session": "jsonb",
         "chatd_tally_sessions": "jsonb", "chatd_export_sessions": "jsonb",
         "chatd_import_sessions": "jsonb", "chatd_settle_turn": "jsonb",
+        "chatd_erase_locked": "uuid[]", "chatd_idle": "uuid, timestamptz",
+        "chatd_erase_idle_sessions": "jsonb",
         "chatd_usage": "uuid, uuid, timestamptz, timestamptz", "chatd_usage_totals": "jsonb"}';
+    -- The beginnings of the MD5 digests of what functions do; a test says what they must be.
+    bodies constant jsonb := '{
+        "chatd_add_chatbot": "958046f4", "chatd_allowed_origins": "4ee386b7",
+        "chatd_begin_turn": "6326eaf8", "chatd_begin_turns": "d06f1234",
+        "chatd_begun": "0cae5ec8", "chatd_chatbot_json": "aef67f73",
+        "chatd_create_session": "211a2bf4", "chatd_delete_session": "e056461c",
+        "chatd_erase_idle_sessions": "22f1a610", "chatd_erase_locked": "1c2b7691",
+        "chatd_export_session": "0762ea92", "chatd_export_sessions": "24dbab57",
+        "chatd_finish_turn": "71c4e7f0", "chatd_finish_turns": "c260f87b",
+        "chatd_get_chatbot": "34caf171", "chatd_get_chatbot_by_key": "32b81831",
+        "chatd_get_session": "cc08abcf", "chatd_get_turn": "2ea1b448",
+        "chatd_hash_api_key": "f90e5a86", "chatd_history": "1bebeeb6", "chatd_idle": "a6e8cf47",
+        "chatd_import_session": "ee79b026", "chatd_import_sessions": "400458c5",
+        "chatd_list_chatbots": "27ac95e8", "chatd_list_messages": "fc9170b6",
+        "chatd_list_sessions": "a10e03a7", "chatd_rate_turn": "4af26e94",
+        "chatd_remove_chatbot": "57e0afa4", "chatd_renew_turns": "25a17fbb",
+        "chatd_running_turn": "34d26574", "chatd_schema_version": "b4b2127a",
+        "chatd_set_api_key": "35c4a805", "chatd_settle_turn": "bdf6b85f",
+        "chatd_stop_turn": "ec7d3fbd", "chatd_sweep": "67de527f",
+        "chatd_tally_session": "942e1c10", "chatd_tally_sessions": "bb5699fb",
+        "chatd_turn_json": "734030fb", "chatd_update_chatbot": "578e6133",
+        "chatd_usage": "e4f64c47", "chatd_usage_totals": "f839ea58"}';
     -- Indexes, as pg_get_indexdef tells them.
     indexes constant jsonb := '{
-        "sessions_of_chatbot": "CREATE INDEX sessions_of_chatbot ON public.sessions USING btree (chatbot_id)",
+        "sessions_by_chatbot": "CREATE INDEX sessions_by_chatbot ON public.sessions USING btree (chatbot_id, session_id)",
+        "sessions_by_age": "CREATE INDEX sessions_by_age ON public.sessions USING btree (chatbot_id, created_at, session_id)",
+        "sessions_of_user": "CREATE INDEX sessions_of_user ON public.sessions USING btree (user_id, session_id) WHERE (user_id IS NOT NULL)",
         "conversations_of_session": "CREATE INDEX conversations_of_session ON public.conversations USING btree (session_id, id)",
         "turns_of_session": "CREATE UNIQUE INDEX turns_of_session ON public.turns USING btree (session_id, seq)",
         "one_running_turn": "CREATE UNIQUE INDEX one_running_turn ON public.turns USING btree (session_id) WHERE (status = ''running''::text)",
@@ -911,9 +1017,9 @@ BEGIN
             'problem', 'schema.sql has not been run here, or is of an older version', 'cure', again);
     ELSIF has_function_privilege('public.chatd_schema_version()', 'EXECUTE') THEN
         EXECUTE 'SELECT public.chatd_schema_version()' INTO version;
-        IF version <> 4 THEN
+        IF version <> 5 THEN
             found := found || jsonb_build_object('problem',
-                format('the database has schema version %s, and this is version 4', version),
+                format('the database has schema version %s, and this is version 5', version),
                 'cure', again);
         END IF;
     END IF;
@@ -941,6 +1047,15 @@ BEGIN
         FROM jsonb_each_text(callable) w
         WHERE to_regprocedure(format('public.%s(%s)', w.key, w.value)) IS NULL
         HAVING count(*) > 0);
+    IF version = 5 THEN
+        found := found || ARRAY(
+            SELECT jsonb_build_object('problem',
+                format('%s is not what chatd makes it', p.oid::regprocedure), 'cure', again)
+            FROM pg_proc p
+            WHERE p.pronamespace = 'public'::regnamespace AND bodies ? p.proname::text
+                AND left(md5(p.prosrc), 8) <> bodies->>p.proname::text
+            ORDER BY p.oid::regprocedure::text);
+    END IF;
 
     -- Who gets in.
     found := found || ARRAY(
@@ -1019,6 +1134,40 @@ BEGIN
             AND NOT coalesce(v.reloptions && ARRAY['security_invoker=true', 'security_invoker=on',
                 'security_invoker=1', 'security_invoker=yes'], false)
         ORDER BY v.oid::regclass::text);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s, with its owner''s rights, lets %s use chatd''s tables',
+                p.oid::regprocedure, w.names),
+            'cure', format('REVOKE ALL ON ROUTINE %s FROM %s;', p.oid::regprocedure,
+                array_to_string(public_roles, ', ')))
+        FROM pg_proc p, LATERAL (
+            SELECT string_agg(n.name, ', ' ORDER BY n.name) AS names
+            FROM unnest(public_roles) AS n (name)
+            WHERE has_function_privilege(n.name, p.oid, 'EXECUTE')) w
+        WHERE p.pronamespace = 'public'::regnamespace AND p.prosecdef AND w.names IS NOT NULL
+            AND p.proname NOT LIKE 'chatd\_%' AND p.prokind IN ('f', 'p')
+            AND p.prorettype <> 'trigger'::regtype AND pg_get_functiondef(p.oid)
+                ~ ('(\mpublic\.|[^.\w])(chatd_\w+|' || (SELECT string_agg(k, '|') FROM jsonb_object_keys(wanted) k) || ')\M')
+        ORDER BY p.oid::regprocedure::text);
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s is not held by row-level security', r.rolname),
+            'cure', format('ALTER ROLE %I %s;', r.rolname, CASE WHEN r.rolsuper
+                THEN 'NOSUPERUSER NOBYPASSRLS' ELSE 'NOBYPASSRLS' END))
+        FROM pg_roles r
+        WHERE r.rolname = ANY (public_roles) AND (r.rolbypassrls OR r.rolsuper)
+        ORDER BY r.rolname);
+    -- Direct memberships, by which a role is taken on that may do something.
+    found := found || ARRAY(
+        SELECT jsonb_build_object(
+            'problem', format('%s may become %s, which may use chatd''s tables', u.rolname, o.rolname),
+            'cure', format('REVOKE %I FROM %I;', o.rolname, u.rolname))
+        FROM pg_auth_members m JOIN pg_roles u ON u.oid = m.member JOIN pg_roles o ON o.oid = m.roleid
+        WHERE u.rolname = ANY (public_roles) AND NOT o.rolname = ANY (public_roles) AND EXISTS (
+            SELECT FROM pg_roles r, unnest(ours) AS c (oid), unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS w (what)
+            WHERE pg_has_role(o.oid, r.oid, 'MEMBER')
+                AND (r.rolsuper OR has_any_column_privilege(r.oid, c.oid, w.what)))
+        ORDER BY u.rolname, o.rolname);
     found := found || ARRAY(
         SELECT jsonb_build_object('problem',
             format('%s runs with its owner''s rights', p.oid::regprocedure),

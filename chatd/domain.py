@@ -133,6 +133,8 @@ class ChatbotSettings:
     """What all turns of a day in UTC may cost together."""
     turn_reserve_usd: float | None = None
     """What a turn is taken to cost until that is known."""
+    retention_days: int | None = None
+    """After how many days without anything new a session is erased; `None` keeps it for ever."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

@@ -22,6 +22,7 @@ from chatd.loop_watch import LoopWatch
 from chatd.racing import hung_up
 from chatd.registry import Registry
 from chatd.reload import Generations, Load
+from chatd.retention import RetentionJob
 from chatd.routing import CLOSE_SECONDS
 from chatd.tuning import settle
 from chatd.turns import Turns
@@ -152,11 +153,14 @@ async def serve(
         server = ClientServer(runtime.application, config.server)
         server.add_sockets(sockets)
         reloading = asyncio.create_task(_reload(signals, generations, server, watch, load))
+        retention = RetentionJob(lambda: generations.runtime.services.storage)
+        retention.open()
         watch.start()
         settle()
         ready(sockets[0].getsockname()[1], made)
         await signals.stopping.wait()
         reloading.cancel()
+        await retention.close()
         await _stop(server, generations, signals)
         watch.stop()
         racing = await hung_up(CLOSE_SECONDS)

@@ -142,6 +142,17 @@ class UsageTotal:
 
 
 @dataclass(frozen=True, slots=True)
+class Erased:
+    """What came of a bounded erasure: so many sessions, and the place from which to go on.
+
+    `after` is the storage's own word, and None when nothing is left to look at.
+    """
+
+    sessions: int
+    after: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Renewed:
     """What renewing leases told: turns that run no more or elsewhere, and turns to stop."""
 
@@ -285,6 +296,28 @@ class Storage(Protocol):
         cost.
         """
 
+    async def erase_idle_sessions(
+        self, chatbot_id: str, before: datetime, *, limit: int, after: str | None = None
+    ) -> Erased:
+        """Erases sessions of a chatbot in which nothing happened at `before` or later.
+
+        What happens in a session is its creation, its messages, and turns that begin and end. A
+        session with a running turn is never erased. Each is erased as by `delete_session`: what
+        its turns took stays in `usage_totals`.
+
+        One call looks at `limit` sessions at most, the oldest first, and may look at fewer, so that
+        others do not wait for it. `after` of what it returns, given to the next call, goes on from
+        there. Several that call it at once, in any number of processes, share the work: a session
+        is counted by the one that erased it.
+        """
+
+    async def reclaim(self) -> None:
+        """Gives the space of what was erased back to the system, in steps that let others work.
+
+        Afterwards the storage's own files hold no trace of it either. A database that sees to its
+        space by itself has nothing to do here.
+        """
+
     async def list_messages(
         self, session_id: str, chatbot_id: str, *, limit: int, before: int | None = None
     ) -> MessagePage:
@@ -374,8 +407,18 @@ class Storage(Protocol):
 
     # Moving
 
-    async def list_sessions(self, *, limit: int, after: str | None = None) -> Sequence[Session]:
-        """The first `limit` sessions of all chatbots in the order of their ids, after this id."""
+    async def list_sessions(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        chatbot_id: str | None = None,
+        user_id: str | None = None,
+    ) -> Sequence[Session]:
+        """The first `limit` sessions in the order of their ids, after this id.
+
+        Those of all chatbots and users, or of one chatbot, one user, or one user with one chatbot.
+        """
 
     async def tally_session(self, session_id: str) -> Tally | None:
         """What a session holds, counted; None when there is no such session."""

@@ -22,7 +22,7 @@ import chatd
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """What `chatd_schema_version()` of this version's schema.sql answers."""
 
 SHARED_CALLS = 4
@@ -174,6 +174,22 @@ class FunctionStorage:
     async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
         return _true(await self._ask("chatd_delete_session", id=session_id, chatbot_id=chatbot_id))
 
+    async def erase_idle_sessions(
+        self, chatbot_id: str, before: datetime, *, limit: int, after: str | None = None
+    ) -> chatd.Erased:
+        told = await self._ask(
+            "chatd_erase_idle_sessions",
+            chatbot_id=chatbot_id,
+            before=before,
+            limit=limit,
+            after=None if after is None else json.loads(after),
+        )
+        place = told["after"]
+        return chatd.Erased(told["sessions"], None if place is None else json.dumps(place))
+
+    async def reclaim(self) -> None:
+        """Nothing to do: PostgreSQL's autovacuum does it."""
+
     async def list_messages(
         self, session_id: str, chatbot_id: str, *, limit: int, before: int | None = None
     ) -> chatd.MessagePage:
@@ -298,9 +314,16 @@ class FunctionStorage:
     # Moving
 
     async def list_sessions(
-        self, *, limit: int, after: str | None = None
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        chatbot_id: str | None = None,
+        user_id: str | None = None,
     ) -> Sequence[chatd.Session]:
-        found = await self._ask("chatd_list_sessions", limit=limit, after=after)
+        found = await self._ask(
+            "chatd_list_sessions", limit=limit, after=after, chatbot_id=chatbot_id, user_id=user_id
+        )
         return [_session(session) for session in found]
 
     async def tally_session(self, session_id: str) -> chatd.Tally | None:

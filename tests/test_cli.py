@@ -370,6 +370,7 @@ def test_add_prints_one_object_with_id_and_key(tmp_path: Path) -> None:
         "limits",
         "daily_budget_usd",
         "turn_reserve_usd",
+        "retention_days",
     }
 
 
@@ -399,6 +400,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "--limit": "turns_per_ip=5/minute, 50/hour",
         "--daily-budget-usd": "2.5",
         "--turn-reserve-usd": "0.01",
+        "--retention-days": "30",
     }
     options = [word for pair in given.items() for word in pair]
     options += ["--allowed-origin", "https://*.b.example", "--suggestion", "Which one is cheap?"]
@@ -425,6 +427,7 @@ def test_add_takes_every_setting_and_show_tells_all_but_the_key(tmp_path: Path) 
         "limits": {"turns_per_ip": "5/minute, 50/hour"},
         "daily_budget_usd": 2.5,
         "turn_reserve_usd": 0.01,
+        "retention_days": 30,
     }
     assert bot == {**expected, "api_key": KEY}
     shown = each(tmp_path, [["bots", "show", name, "--json"] for name in (id, "Zoë")])
@@ -469,6 +472,8 @@ BAD_VALUES = [
     ("--daily-budget-usd", "much", "--daily-budget-usd: must be a number of USD, none or default"),
     ("--daily-budget-usd", "-1", "--daily-budget-usd: must be a number of USD, none or default"),
     ("--turn-reserve-usd", "0", "--turn-reserve-usd: must be more than 0"),
+    ("--retention-days", "0", "--retention-days: must be a whole number of days from 1"),
+    ("--retention-days", "1.5", "--retention-days: must be a whole number of days from 1"),
     ("--suggestion", "", "--suggestion: must not be empty"),
     ("--theme", "pink", "--theme: must be light, dark, auto or default"),
     ("--accent", "red", "--accent: must be a colour like #0a7d5c"),

@@ -111,6 +111,32 @@ DAMAGE = [
         "1 API keys are stored unhashed",
         "schema.sql",
     ),
+    (
+        "CREATE FUNCTION keys() RETURNS SETOF text LANGUAGE sql SECURITY DEFINER"
+        " AS 'SELECT api_key FROM public.chatbots'",
+        "keys(), with its owner's rights, lets anon, authenticated, public use chatd's tables",
+        "REVOKE ALL ON ROUTINE public.keys() FROM public, anon, authenticated;",
+    ),
+    (
+        "CREATE PROCEDURE forget() LANGUAGE plpgsql SECURITY DEFINER"
+        " AS 'BEGIN PERFORM public.chatd_sweep(NULL); END'",
+        "forget(), with its owner's rights",
+        "REVOKE ALL ON ROUTINE public.forget()",
+    ),
+    ("GRANT service_role TO anon", "anon may become service_role", "REVOKE service_role FROM anon"),
+    (
+        "CREATE ROLE reader; GRANT SELECT (content) ON conversations TO reader;"
+        "CREATE ROLE staff; GRANT reader TO staff; GRANT staff TO authenticated",
+        "authenticated may become staff",
+        "REVOKE staff FROM authenticated;",
+    ),
+    ("ALTER ROLE anon BYPASSRLS", "anon is not held by row-level", "ALTER ROLE anon NOBYPASSRLS;"),
+    (
+        "CREATE OR REPLACE FUNCTION chatd_sweep(args jsonb) RETURNS jsonb LANGUAGE sql"
+        " SET search_path = '' AS $$ SELECT '0'::jsonb $$",
+        "chatd_sweep(jsonb) is not what chatd makes it",
+        "schema.sql",
+    ),
     ("CREATE VIEW v AS SELECT * FROM chatbots; GRANT SELECT ON v TO anon", "the view", "REVOKE"),
     (
         "CREATE MATERIALIZED VIEW m AS SELECT content FROM conversations; GRANT SELECT ON m TO anon",
@@ -164,6 +190,14 @@ async def test_policies_and_views_of_others_are_left_alone(postgres: Postgres) -
         "CREATE POLICY mine ON chatbots FOR SELECT TO service_role USING (true);"
         "CREATE VIEW mine AS SELECT * FROM chatbots; CREATE TABLE other (id int);"
         "GRANT ALL ON other TO anon; GRANT SELECT ON mine TO service_role;"
+        "CREATE FUNCTION safe() RETURNS int LANGUAGE sql SECURITY DEFINER AS 'SELECT 1';"
+        "CREATE FUNCTION own() RETURNS text LANGUAGE sql AS 'SELECT api_key FROM public.chatbots';"
+        "CREATE FUNCTION noted() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER"
+        " AS 'BEGIN DELETE FROM public.turns; RETURN NEW; END';"
+        "CREATE FUNCTION others() RETURNS int LANGUAGE plpgsql SECURITY DEFINER"
+        " AS 'BEGIN RETURN (SELECT count(*) FROM auth.sessions); END';"
+        "CREATE FUNCTION inside() RETURNS text LANGUAGE sql SECURITY DEFINER"
+        " AS 'SELECT api_key FROM public.chatbots'; REVOKE ALL ON FUNCTION inside() FROM PUBLIC;"
     )
     assert await findings(postgres) == []
 
@@ -230,6 +264,16 @@ def test_the_functions_and_columns_that_doctor_looks_for_are_those_of_the_schema
         f"{table}|{column}" for table, names in json.loads(tables).items() for column in names
     }
     assert wanted == set(rows)
+
+
+def test_doctor_knows_what_each_function_of_the_schema_does(postgres: Postgres) -> None:
+    body = SCHEMA.split("FUNCTION public.chatd_doctor()")[1]
+    (bodies,) = re.findall(r"bodies constant jsonb := '(.*?)';", body, re.DOTALL)
+    made = postgres.execute(
+        "SELECT proname, left(md5(prosrc), 8) FROM pg_proc WHERE proname LIKE 'chatd\\_%'"
+        " AND proname <> 'chatd_doctor'"
+    )
+    assert json.loads(bodies) == dict(line.split("|") for line in made.splitlines())
 
 
 # Through PostgREST

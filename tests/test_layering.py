@@ -14,7 +14,7 @@ FLOORS = [
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
-    {"routing", "limits", "budgets", "access", "copying"},
+    {"routing", "limits", "budgets", "access", "copying", "exporting", "retention"},
     {"answering", "bookkeeping", "settling", "estimates"},
     {"turns"},
     {"handlers"},
@@ -47,6 +47,8 @@ DOMAIN = {
     "estimates",
     "identity",
     "copying",
+    "exporting",
+    "retention",
 }
 
 

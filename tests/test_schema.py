@@ -90,7 +90,12 @@ def test_running_it_again_changes_nothing(postgres: Postgres) -> None:
     assert "an old answer" in before
 
 
-VERSION_3 = """
+VERSION_4 = """
+DROP FUNCTION chatd_erase_idle_sessions; DROP FUNCTION chatd_idle; DROP FUNCTION chatd_erase_locked;
+DROP INDEX sessions_by_chatbot; DROP INDEX sessions_by_age; DROP INDEX sessions_of_user;
+CREATE INDEX sessions_of_chatbot ON public.sessions (chatbot_id);
+"""
+VERSION_3 = f"""{VERSION_4}
 DROP FUNCTION chatd_usage_totals; DROP FUNCTION chatd_usage; DROP FUNCTION chatd_settle_turn;
 DROP TABLE usage_of_erased; DROP INDEX turns_by_start; ALTER TABLE turns DROP COLUMN side;
 CREATE OR REPLACE FUNCTION public.chatd_schema_version() RETURNS integer
@@ -124,7 +129,7 @@ def test_a_database_of_version_3_is_brought_up_to_date_with_its_turns(tmp_path: 
         server.execute(VERSION_3)
         old = chatd_command("migrate", "--check", *config, cwd=tmp_path, env=env)
         assert old.returncode == 1
-        assert "schema version 3, this chatd wants 4" in old.stderr
+        assert "schema version 3, this chatd wants 5" in old.stderr
         server.execute(SCHEMA)
         assert dump(server) == fresh
         for _ in ("stored", "erased"):

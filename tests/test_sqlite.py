@@ -393,3 +393,64 @@ async def test_usage_of_a_day_or_a_chatbot_does_not_read_all_turns(
     connection.close()
     assert any(index in step for step in plan), plan
     assert not any(step.startswith(("SCAN t", "SCAN s")) for step in plan), plan
+
+
+# What is erased
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether the files of a database hold a text anywhere."""
+    files = [path, *path.parent.glob(f"{path.name}-*")]
+    return any(text.encode() in file.read_bytes() for file in files)
+
+
+async def test_of_what_was_erased_nothing_is_left_in_the_files_and_they_shrink(
+    storage: SQLiteStorage, path: Path
+) -> None:
+    kept = await _session(storage)
+    erased = [Session(new_id(), kept.chatbot_id, "api", "ann-of-0815") for _ in range(20)]
+    for session in erased:
+        await storage.create_session(session)
+    for number in range(60):
+        for session in (kept, erased[number % 20]):
+            secret = session is not kept
+            said = "a secret of Ann " * 40 if secret else "nothing to hide " * 40
+            request = a_turn(session, said)
+            await storage.begin_turn(request)
+            done = FinishTurn(request.turn_id, TurnStatus.COMPLETED, said * (1 + number % 5 * 4))
+            await storage.finish_turn(done)
+            await storage.rate_turn(request.turn_id, session.id, "up", f"comment {secret}")
+    await storage.reclaim()
+    before = path.stat().st_size
+    assert _holds(path, "a secret of Ann")
+    assert _holds(path, "comment True")
+    for session in erased:
+        assert await storage.delete_session(session.id, session.chatbot_id)
+    await storage.reclaim()
+    for trace in ("secret of Ann", "ann-of-0815", "comment True", erased[0].id):
+        assert not _holds(path, trace), trace
+    assert path.stat().st_size < before * 0.7
+    assert Path(f"{path}-wal").stat().st_size == 0
+    page = await storage.list_messages(kept.id, kept.chatbot_id, limit=1000)
+    assert len(page.data) == 120
+
+
+async def test_an_older_file_keeps_its_space_until_it_is_vacuumed(path: Path) -> None:
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE chatd_schema (version INTEGER NOT NULL) STRICT")
+    connection.close()
+    storage = await open_sqlite({"path": str(path)})
+    session = await _session(storage)
+    request = a_turn(session, "a secret of Ann " * 20_000)
+    await storage.begin_turn(request)
+    await storage.reclaim()
+    before = path.stat().st_size
+    await storage.delete_session(session.id, session.chatbot_id)
+    await storage.reclaim()
+    assert not _holds(path, "secret of Ann")
+    assert path.stat().st_size == before
+    await storage.close()
+    apsw.Connection(str(path)).execute("PRAGMA auto_vacuum = 2; VACUUM")
+    assert path.stat().st_size < before / 2
+    connection = apsw.Connection(str(path))
+    assert connection.pragma("auto_vacuum") == 2

@@ -11,6 +11,7 @@ from chatd.app import load
 from chatd.cli import bots, chat, init, plugins, storage
 from chatd.cli.check import check
 from chatd.cli.common import CliContext, configured, reports_errors
+from chatd.cli.data import erase, export, retention
 from chatd.cli.doctor import doctor
 from chatd.cli.serve import serve
 from chatd.cli.usage import usage
@@ -63,5 +64,8 @@ main.add_command(init.init)
 main.add_command(doctor)
 main.add_command(storage.storage)
 main.add_command(usage)
+main.add_command(export)
+main.add_command(erase)
+main.add_command(retention)
 
 __all__ = ["main"]

@@ -59,6 +59,12 @@ _ITS_CLIENTS = (
 )
 _HOW_MUCH = (
     click.option(
+        "--retention-days",
+        metavar="DAYS",
+        help="After how many days without anything new a session is erased, with everything "
+        'said in it; "default" is never.',
+    ),
+    click.option(
         "--turn-reserve-usd",
         metavar="USD",
         help='What a turn may cost, until it is known; "default" is the server\'s.',

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import click
 
 from chatd.cli.common import asynchronous, config_option, configured, json_option
 from chatd.cli.places import NoPlace, Place, place_named
+from chatd.cli.progress import Bar
 from chatd.copying import Report, copy
 from chatd.errors import ChatdError, StorageUnavailable
 from chatd.storage import Storage
@@ -56,13 +56,11 @@ async def copy_(from_: str, to: str, config_path: Path | None, as_json: bool) ->
         here = await _open("target", target, stack)
         if not await there.list_chatbots():
             raise NoPlace(f"there is no chatbot in {source}, so nothing to copy")
-        progress = _Progress()
         try:
-            report = await copy(there, here, progress)
+            with Bar("Copying sessions") as bar:
+                report = await copy(there, here, lambda sessions, _: bar.to(sessions))
         except StorageUnavailable as error:
             raise NotCopied(f"{error.detail}. Run it again; it goes on where it stopped") from error
-        finally:
-            progress.end()
     _tell(report, as_json)
     if report.different:
         sys.exit(1)
@@ -76,23 +74,6 @@ async def _open(side: str, place: Place, stack: AsyncExitStack) -> Storage:
     except StorageUnavailable as error:
         raise NotCopied(f"the {side}, {place}, cannot be used: {error.detail}") from error
     return opened
-
-
-class _Progress:
-    """A line on the terminal that says how far it is."""
-
-    def __init__(self) -> None:
-        self._shown = 0.0
-
-    def __call__(self, sessions: int, messages: int) -> None:
-        if sys.stderr.isatty() and time.monotonic() - self._shown > 0.2:
-            self._shown = time.monotonic()
-            click.echo(f"\r{sessions:,} sessions, {messages:,} messages", err=True, nl=False)
-
-    def end(self) -> None:
-        """Leaves the line."""
-        if self._shown:
-            click.echo("", err=True)
 
 
 def _tell(report: Report, as_json: bool) -> None:

@@ -95,6 +95,10 @@ MIGRATIONS = (
     """,
     """
     CREATE INDEX failed_turns ON turns (session_id, turn_id) WHERE status = 'failed';
+    DROP INDEX sessions_of_chatbot;
+    CREATE INDEX sessions_of_chatbot ON sessions (chatbot_id, session_id);
+    CREATE INDEX sessions_by_age ON sessions (chatbot_id, created_at, session_id);
+    CREATE INDEX sessions_of_user ON sessions (user_id, session_id) WHERE user_id IS NOT NULL;
     """,
 )
 """Forward migrations: the n-th brings a database of version n to n + 1. Never edit, only add."""

@@ -20,8 +20,9 @@ import apsw
 
 import chatd
 
-from .connection import Connection
+from .connection import Connection, unavailable
 from .doctor import diagnose
+from .erasing import INCREMENTAL, delete_session, empty_log, erase_idle_sessions, give_back
 from .moving import TALLY, export_session, import_session
 from .rows import (
     CHATBOT_COLUMNS,
@@ -38,7 +39,7 @@ from .rows import (
 )
 from .schema import MIGRATIONS
 from .turns import INTERRUPT, begin_turn, finish_turn, require_session, stored_turn
-from .usage import KEEP_USAGE, usage_query
+from .usage import usage_query
 
 
 class SQLiteStorage:
@@ -72,7 +73,12 @@ class SQLiteStorage:
     def _connect(self) -> apsw.Connection:
         connection = apsw.Connection(str(self._path))
         connection.set_busy_timeout(round(self._busy_timeout * 1000))
+        if not connection.pragma("page_count"):
+            # Only a file that is empty yet takes it, and others would wait for a lock in vain.
+            connection.pragma("auto_vacuum", INCREMENTAL)
         connection.pragma("journal_mode", "wal")
+        # What is erased is overwritten, in the file and not only in its list of pages.
+        connection.pragma("secure_delete", True)
         connection.pragma("synchronous", self._synchronous)
         connection.pragma("foreign_keys", True)
         return connection
@@ -238,15 +244,31 @@ class SQLiteStorage:
         return session_of(row) if row else None
 
     async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
-        def work(db: apsw.Connection) -> bool:
-            db.execute(KEEP_USAGE, (session_id, chatbot_id))
-            db.execute(
-                "DELETE FROM sessions WHERE session_id = ? AND chatbot_id = ?",
-                (session_id, chatbot_id),
-            )
-            return db.changes() > 0
+        return await self._writer.submit(lambda db: delete_session(db, session_id, chatbot_id))
 
-        return await self._writer.submit(work)
+    async def erase_idle_sessions(
+        self, chatbot_id: str, before: datetime, *, limit: int, after: str | None = None
+    ) -> chatd.Erased:
+        return await self._writer.submit(
+            lambda db: erase_idle_sessions(db, chatbot_id, before, limit, after)
+        )
+
+    async def reclaim(self) -> None:
+        more = True
+        while more:
+            more = await self._writer.submit(give_back)
+        await asyncio.to_thread(self._empty_log)
+
+    def _empty_log(self) -> None:
+        """On a connection of its own: it waits for the others, which must not wait for it."""
+        try:
+            connection = self._connect()
+            try:
+                empty_log(connection)
+            finally:
+                connection.close()
+        except apsw.Error as error:
+            raise unavailable(error, self._path) from error
 
     async def list_messages(
         self, session_id: str, chatbot_id: str, *, limit: int, before: int | None = None
@@ -365,14 +387,21 @@ class SQLiteStorage:
     # Moving
 
     async def list_sessions(
-        self, *, limit: int, after: str | None = None
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        chatbot_id: str | None = None,
+        user_id: str | None = None,
     ) -> Sequence[chatd.Session]:
-        rows = await self._reader.submit(
-            lambda db: db.execute(
-                f"SELECT {SESSION_COLUMNS} FROM sessions WHERE session_id > ? ORDER BY session_id LIMIT ?",
-                (after or "", limit),
-            ).fetchall()
+        wanted = {"chatbot_id": chatbot_id, "user_id": user_id}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        where = " AND ".join(["session_id > :after", *(f"{name} = :{name}" for name in given)])
+        sql = (
+            f"SELECT {SESSION_COLUMNS} FROM sessions WHERE {where} ORDER BY session_id LIMIT :limit"
         )
+        values = {**given, "after": after or "", "limit": limit}
+        rows = await self._reader.submit(lambda db: db.execute(sql, values).fetchall())
         return [session_of(row) for row in rows]
 
     async def tally_session(self, session_id: str) -> chatd.Tally | None:
