@@ -1,0 +1,57 @@
+"""The short form of the bench: chatd on SQLite beside a bare Tornado proxy, in one run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import targets
+from bench.targets import Target, no_samples
+
+ROOT = Path(__file__).parent.parent
+HALF = Target("half of the limit", "sqlite", "rate", at_least=0.5, over="limit")
+
+
+def judged(target: Target, **rates: list[float]) -> targets.Verdict:
+    samples = no_samples()
+    for subject, values in rates.items():
+        samples[subject]["rate"] = values
+    verdict = target.judge(samples)
+    assert verdict is not None
+    return verdict
+
+
+@pytest.mark.alone
+def test_a_turn_costs_no_more_than_its_targets_allow(tmp_path: Path) -> None:
+    written = tmp_path / "bench.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--short", "--json", str(written)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(written.read_text())
+    assert len(found["targets"]) == sum(target.short for target in targets.TARGETS) == 2
+    assert len(found["rounds"]["sqlite"]["rate"]) >= 5
+
+
+def test_a_target_is_missed_only_by_more_than_the_noise() -> None:
+    limit = [100.0] * 5
+    assert judged(HALF, sqlite=[50, 60, 50, 60, 50], limit=limit).met
+    noisy = judged(HALF, sqlite=[30, 45, 48, 58, 60], limit=limit)
+    assert (noisy.met, noisy.missed) == (False, False)
+    worse = judged(HALF, sqlite=[40, 41, 41, 42, 43], limit=limit)
+    assert (worse.met, worse.missed) == (False, True)
+
+
+def test_rounds_are_compared_side_by_side() -> None:
+    """A machine that is half as quick in one round says nothing of the ratio."""
+    verdict = judged(HALF, sqlite=[60, 30, 60], limit=[100, 50, 100])
+    assert (verdict.value, verdict.noise) == (pytest.approx(0.6), pytest.approx(0))
