@@ -15,6 +15,7 @@ from bench.processes import split_cores
 from bench.rounds import SHORT, Plan
 from bench.subjects import Mock
 from bench.targets import no_samples, verdicts
+from tests.postgres import Supabase
 
 WORK = ROOT / "build" / "bench"
 """On the disk of the checkout: where temporary files are kept in memory, storing would cost nothing."""
@@ -33,6 +34,10 @@ def main() -> None:
         stack.callback(mock.close)
         mock.start("", cores[1])
         chosen = [subjects.limit(WORK / "limit"), plain.on_sqlite(WORK / "sqlite")]
+        if not options.short:
+            database = Supabase()
+            stack.callback(database.close)
+            chosen += [*plain.on_postgresql(WORK, database), subjects.litellm(WORK / "litellm")]
         plan = SHORT if options.short else Plan()
         plain.measure(stack, chosen, mock, samples, plan, cores)
     titles = {each.name: each.title for each in (mock, *chosen)}

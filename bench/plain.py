@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from chatd_plugins.postgres import open_postgres
 from chatd_plugins.sqlite import open_sqlite
 
 from bench import subjects
@@ -15,6 +16,7 @@ from bench.seeding import DEFAULT, Seeds, add_chatbot, add_sessions
 from bench.subjects import Mock, Subject
 from bench.targets import Samples
 from chatd.storage import Storage
+from tests.postgres import Supabase, jwt
 
 
 def on_sqlite(folder: Path, seeds: Seeds = DEFAULT) -> Subject:
@@ -26,6 +28,27 @@ def on_sqlite(folder: Path, seeds: Seeds = DEFAULT) -> Subject:
 
 async def _seed_sqlite(folder: Path, seeds: Seeds) -> list[str]:
     return await seed(await open_sqlite({"path": str(folder / "chatd.db")}), seeds)
+
+
+def on_postgresql(folder: Path, database: Supabase) -> list[Subject]:
+    """Those whose turns are stored in PostgreSQL, all with sessions of their own."""
+    key, url = jwt("service_role"), database.postgrest.url
+    sessions = asyncio.run(_seed_postgres(database.postgres.url, 3))
+    supabase = {"use": "supabase", "url": url, "rest_path": "", "key": key}
+    postgres = {"use": "postgres", "url": database.postgres.url}
+    return [
+        subjects.chatd("supabase", folder / "supabase", supabase, sessions[0]),
+        subjects.chatd("postgres", folder / "postgres", postgres, sessions[1]),
+        subjects.fastapi(folder / "fastapi", url, key, sessions[2]),
+    ]
+
+
+async def _seed_postgres(url: str, times: int) -> list[list[str]]:
+    found = []
+    for number in range(times):
+        storage = await open_postgres({"url": url})
+        found.append(await seed(storage, DEFAULT, chatbot=number == 0))
+    return found
 
 
 async def seed(storage: Storage, seeds: Seeds, *, chatbot: bool = True) -> list[str]:

@@ -24,13 +24,13 @@ MOCK_TIMES = 10
 class Plan:
     """How often and how long, in seconds, each thing is measured."""
 
-    rounds: int = 7
-    seconds: float = 4
-    timed_rounds: int = 3
-    timed_seconds: float = 10
-    streamed_rounds: int = 3
-    streamed_seconds: float = 5
-    starts: int = 5
+    rounds: int = 2
+    seconds: float = 1
+    timed_rounds: int = 1
+    timed_seconds: float = 2
+    streamed_rounds: int = 1
+    streamed_seconds: float = 2
+    starts: int = 1
 
 
 SHORT = Plan(rounds=7, seconds=1.5, timed_rounds=2, timed_seconds=2, streamed_rounds=0, starts=3)

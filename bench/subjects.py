@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import wording
 from bench.load import ROOT, Job
 from bench.processes import Process, tree
+from tests.gateways import LITELLM_KEY
 from tests.postgres import free_port
 
 CHATD = """
@@ -58,7 +58,8 @@ class Subject:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(self.config % values)
         command = [part % values for part in self.command]
-        self.process = Process(command, self.folder, cores=cores, env=self.env)
+        env = {name: value % values for name, value in self.env.items()}
+        self.process = Process(command, self.folder, cores=cores, env=env)
         self.cold_start = self.process.answers(self.port, self.ready)
 
     def close(self) -> None:
@@ -139,15 +140,44 @@ def chatd(
     )
 
 
-def started(
-    stack: ExitStack,
-    make: Callable[[Path], Subject],
-    folder: Path,
-    mock: Mock,
-    cores: frozenset[int] | None,
-) -> Subject:
-    """A subject that runs until the stack is closed."""
-    subject = make(folder)
-    stack.callback(subject.close)
-    subject.start(mock.url, cores)
-    return subject
+def fastapi(folder: Path, postgrest: str, key: str, sessions: Sequence[str]) -> Subject:
+    """What one would write in an afternoon, on the same tables and the same PostgREST."""
+    python = str(ROOT / ".venv-bench" / "bin" / "python")
+    return Subject(
+        "fastapi",
+        "FastAPI + supabase-py",
+        [python, "-m", "uvicorn", "bench.fastapi_app:app", "--port", "%(port)s"],
+        folder,
+        plain=wording.chats(sessions),
+        streamed=wording.chats(sessions, stream=True),
+        env={
+            "PYTHONPATH": str(ROOT),
+            "SUPABASE_URL": postgrest,
+            "SUPABASE_KEY": key,
+            "MODEL_URL": "%(model)s",
+        },
+    )
+
+
+LITELLM = """
+model_list:
+  - model_name: %(name)s
+    litellm_params: {model: openai/%(name)s, api_base: "%%(model)s/v1", api_key: none}
+"""
+
+
+def litellm(folder: Path) -> Subject:
+    """A LiteLLM proxy, which is given the history and stores nothing."""
+    command = str(ROOT / ".venv-gateway" / "bin" / "litellm")
+    return Subject(
+        "litellm",
+        "LiteLLM proxy",
+        [command, "--config", "config.yaml", "--host", "127.0.0.1", "--port", "%(port)s"],
+        folder,
+        ready=wording.http("GET", "/health/liveliness"),
+        plain=[wording.completion(LITELLM_KEY)] * wording.SESSIONS,
+        streamed=[wording.completion(LITELLM_KEY, stream=True)] * wording.SESSIONS,
+        # Else it asks the internet what models cost.
+        env={"LITELLM_MASTER_KEY": LITELLM_KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        config=LITELLM % {"name": wording.MODEL},
+    )
