@@ -4,49 +4,118 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from bench import plain, report, subjects
+from bench import chart, failover, growth, plain, report, storage, streams, subjects
 from bench.load import ROOT
 from bench.processes import split_cores
 from bench.rounds import SHORT, Plan
-from bench.subjects import Mock
-from bench.targets import no_samples, verdicts
+from bench.subjects import Mock, Subject
+from bench.targets import Samples, no_samples, verdicts
 from tests.postgres import Supabase
 
 WORK = ROOT / "build" / "bench"
 """On the disk of the checkout: where temporary files are kept in memory, storing would cost nothing."""
+PARTS = ("turns", "streams", "growth", "storage", "failover")
+USUAL = PARTS[:3]
+OPEN_FILES = 8192
+"""What the mock needs for a thousand streams, and a server twice."""
+QUICK_SIZES = growth.Sizes(
+    sessions=(100, 10_000), chatbots=(1, 100), streams=(0, 100), history=(0, 20, 100), rounds=2
+)
 
 
-def main() -> None:
-    """Reads the options, measures, and exits with 1 when a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="chatd on SQLite and the limit alone")
-    parser.add_argument("--json", type=Path, help="where to write all that was found")
-    options = parser.parse_args()
-    shutil.rmtree(WORK, ignore_errors=True)
-    samples, cores = no_samples(), split_cores()
+def turns(samples: Samples, short: bool) -> list[Subject]:
+    """The part `turns`: the subjects that were measured, the mock first."""
     with ExitStack() as stack:
+        cores = split_cores()
         mock = Mock(WORK / "mock")
         stack.callback(mock.close)
         mock.start("", cores[1])
         chosen = [subjects.limit(WORK / "limit"), plain.on_sqlite(WORK / "sqlite")]
-        if not options.short:
+        if not short:
             database = Supabase()
             stack.callback(database.close)
             chosen += [*plain.on_postgresql(WORK, database), subjects.litellm(WORK / "litellm")]
-        plan = SHORT if options.short else Plan()
+        plan = SHORT if short else Plan()
         plain.measure(stack, chosen, mock, samples, plan, cores)
-    titles = {each.name: each.title for each in (mock, *chosen)}
-    print(report.text(report.rows(samples, titles)))
-    found = verdicts(samples, short=options.short)
-    print()
-    print(report.text(report.judged(found)))
-    if options.json:
-        options.json.write_text(json.dumps(report.document(samples, found, {}), indent=1))
+        return [mock, *chosen]
+
+
+def options() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=USUAL, help="parts, the first three else"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="turns on SQLite and of the limit alone, in a minute"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sizes of what grows, and one round of streams"
+    )
+    parser.add_argument("--json", type=Path, help="where to write all that was found")
+    parser.add_argument("--charts", type=Path, help="a folder for turns.svg and growth.svg")
+    parser.add_argument("--markdown", type=Path, help="where to write the tables for a page")
+    chosen = parser.parse_args()
+    chosen.only = ["turns"] if chosen.short else chosen.only
+    return chosen
+
+
+def show(tables: list[list[list[str]]], markdown: Path | None) -> None:
+    """Prints the tables, and writes them for a page when that is asked for."""
+    kept = [table for table in tables if len(table) > 1]
+    print("\n" + "\n\n".join(report.text(table) for table in kept))
+    if markdown:
+        markdown.write_text("\n\n".join(report.markdown(table) for table in kept) + "\n")
+
+
+def draw(
+    folder: Path, samples: Samples, titles: dict[str, str], grown: list[growth.Series]
+) -> None:
+    """Writes the charts of the parts that were measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if samples["limit"]["rate"]:
+        (folder / "turns.svg").write_text(chart.bars(samples, titles))
+    if grown:
+        (folder / "growth.svg").write_text(chart.growth(grown))
+
+
+def main() -> None:
+    """Measures what was asked for, and exits with 1 when a target is missed."""
+    chosen = options()
+    shutil.rmtree(WORK, ignore_errors=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(OPEN_FILES, hard)), hard))
+    samples, grown, more = no_samples(), list[growth.Series](), dict[str, Any]()
+    titles = {"limit": "limit: bare Tornado proxy", "sqlite": "chatd on sqlite"}
+    if "turns" in chosen.only:
+        titles = {each.name: each.title for each in turns(samples, chosen.short)}
+    if "streams" in chosen.only:
+        plan = streams.Streams(rounds=1) if chosen.quick else streams.Streams()
+        streams.measure(WORK / "streams", plan, samples, split_cores())
+    if "growth" in chosen.only:
+        sizes = QUICK_SIZES if chosen.quick else growth.Sizes()
+        grown = growth.measure(WORK / "growth", sizes, split_cores())
+        more["growth"] = growth.as_json(grown)
+    tables = [report.rows(samples, titles)] if samples else []
+    for part, run in (("storage", storage.measure), ("failover", failover.measure)):
+        if part in chosen.only:
+            tables.append(run(WORK / part))
+            more[part] = tables[-1]
+    found = verdicts(samples, short=chosen.short)
+    tables += [report.judged(found), growth.table(grown)]
+    show(tables, chosen.markdown)
+    if chosen.json:
+        text = json.dumps(report.document(samples, found, more), indent=1)
+        chosen.json.write_text(text + "\n")
+    if chosen.charts:
+        draw(chosen.charts, samples, titles, grown)
     sys.exit(any(verdict.missed for verdict in found))
 
 

@@ -33,6 +33,8 @@ STUCK_SECONDS = 60
 class Job:
     """What to ask.
 
+    :param least: the answers that are waited for beyond the time, of servers that are slow; the
+        warm-up waits for one on each connection.
     :param rate: requests a second at times that are random and the same in every run; 0 asks again
         as soon as an answer came.
     :param first: what the time to is measured beside the time to the end.
@@ -44,6 +46,7 @@ class Job:
     expect: bytes
     seconds: float
     warm: float = 0.3
+    least: int = 0
     rate: float = 0
     first: bytes = b""
     pids: Sequence[int] = ()
@@ -128,14 +131,16 @@ class Load:
         self._free = deque(self._connections.values())
         self.result = Result()
         self._since = float("inf")
+        self._answered = 0
 
     def run(self) -> Result:
         """Warms up, measures, and waits for the answers that are still to come."""
         begin = time.perf_counter()
-        self._until(begin + self._job.warm, begin)
+        self._until(begin + self._job.warm, begin, self._job.least and len(self._connections))
+        self._answered = 0
         cpu, own = cpu_seconds(self._job.pids), time.process_time()
         self._since = start = time.perf_counter()
-        self._until(start + self._job.seconds, start)
+        self._until(start + self._job.seconds, start, self._job.least)
         self.result.seconds = time.perf_counter() - start
         self.result.cpu = cpu_seconds(self._job.pids) - cpu
         self.result.own_cpu = time.process_time() - own
@@ -146,14 +151,16 @@ class Load:
             self.result.turns = turns
         return self.result
 
-    def _until(self, end: float, start: float) -> None:
+    def _until(self, end: float, start: float, least: int) -> None:
         if self._job.rate:
             self._on_time(end, start)
             return
-        while (now := time.perf_counter()) < end:
+        while (now := time.perf_counter()) < end or (
+            self._answered < least and now < end + STUCK_SECONDS
+        ):
             while self._free:
                 self._free.popleft().ask(now)
-            self._take(min(1.0, end - now))
+            self._take(min(1.0, max(0.01, end - now)))
 
     def _on_time(self, end: float, start: float) -> None:
         """Asks when the clock says so, and late when every connection is in use."""
@@ -187,6 +194,7 @@ class Load:
         if answer[9:12] != b"200" or self._job.expect not in answer:
             raise SystemExit(f"a wrong answer: {answer[:1000]!r}")
         self._free.append(connection)
+        self._answered += 1
         if connection.due >= self._since or (not self._job.rate and now >= self._since):
             self.result.turns += 1
             self.result.times.append(now - connection.due)
@@ -205,7 +213,7 @@ def run(job: Job, cores: frozenset[int]) -> Result:
             cwd=ROOT,
             input=json.dumps(value).encode(),
             stdout=subprocess.PIPE,
-            timeout=job.warm + job.seconds + 2 * STUCK_SECONDS,
+            timeout=job.warm + job.seconds + 4 * STUCK_SECONDS,
             check=False,
         )
     if done.returncode:

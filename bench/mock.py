@@ -50,10 +50,12 @@ def _head(kind: str) -> dict[str, Any]:
     return {"id": "chatcmpl-1", "object": kind, "created": 1_760_000_000, "model": MODEL}
 
 
-def _usage(prompt_tokens: int) -> dict[str, Any] | None:
-    counts = {"prompt_tokens": prompt_tokens, "completion_tokens": 70}
+def _usage(prompt_tokens: int) -> dict[str, Any]:
     # A cost that no budget notices, however many turns are measured.
-    return {**counts, "total_tokens": prompt_tokens + 70, "cost": 1e-9} if prompt_tokens else None
+    told = {"completion_tokens": 70, "cost": 1e-9}
+    if prompt_tokens:
+        told |= {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + 70}
+    return told
 
 
 def _event(delta: dict[str, Any], reason: str | None = None) -> bytes:
@@ -182,7 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--interval", type=float, default=0, help="seconds between tokens")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a streamed reply")
-    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="0 tells no usage")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=PROMPT_TOKENS, help="0 does not tell them"
+    )
     options = parser.parse_args()
     listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
     print(listener.getsockname()[1], flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -22,6 +23,9 @@ COLUMNS = (
     ("idle MiB", "idle", ".0f", None),
     ("load MiB", "memory", ".0f", None),
     ("start s", "cold", ".2f", None),
+    ("streams: gap p99 ms", "gap", ".0f", None),
+    ("core %", "stream_cpu", ".0f", None),
+    ("KiB each", "stream_memory", ".0f", None),
 )
 """Heading, measure, format, and whose value it is compared with."""
 ADDED = ("p50", "p99", "first")
@@ -89,7 +93,7 @@ def judged(verdicts: Sequence[Verdict]) -> list[list[str]]:
     for each in verdicts:
         unit = each.target.unit
         word = "met" if each.met else "MISSED" if each.missed else "within the noise"
-        measured = f"{each.value:.3g}{unit}"
+        measured = f"{each.value:.3g}{unit}" if math.isfinite(each.value) else "does not keep up"
         noise = f"±{each.noise:.2g}"
         table.append([each.target.title, each.target.bound, measured, noise, word])
     return table
@@ -112,7 +116,7 @@ def document(samples: Samples, verdicts: Sequence[Verdict], more: Mapping[str, A
             {
                 "title": each.target.title,
                 "bound": each.target.bound,
-                "value": each.value,
+                "value": each.value if math.isfinite(each.value) else None,
                 "noise": each.noise,
                 "met": each.met,
                 "missed": each.missed,

@@ -14,7 +14,7 @@ from bench.targets import Samples
 
 TIMED_RATE = 100
 """Turns a second at which latency is measured."""
-STREAMED_RATE = 20
+STREAMED_RATE = 10
 """Streams that begin in a second, for the time to the first token."""
 MOCK_TIMES = 10
 """How many times as quick as anything measured the mock has to be."""
@@ -24,13 +24,13 @@ MOCK_TIMES = 10
 class Plan:
     """How often and how long, in seconds, each thing is measured."""
 
-    rounds: int = 2
-    seconds: float = 1
-    timed_rounds: int = 1
-    timed_seconds: float = 2
-    streamed_rounds: int = 1
-    streamed_seconds: float = 2
-    starts: int = 1
+    rounds: int = 7
+    seconds: float = 4
+    timed_rounds: int = 3
+    timed_seconds: float = 10
+    streamed_rounds: int = 3
+    streamed_seconds: float = 5
+    starts: int = 5
 
 
 SHORT = Plan(rounds=7, seconds=1.5, timed_rounds=2, timed_seconds=2, streamed_rounds=0, starts=3)

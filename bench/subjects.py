@@ -17,13 +17,13 @@ from tests.postgres import free_port
 CHATD = """
 server: {port: %(port)s}
 storage: %(storage)s
-limits: {daily_budget_usd: 10}
+limits: {daily_budget_usd: 1000}
 providers:
   main: {use: openai_compatible, base_url: "%(model)s/v1", api_key: none}
 models:
   - {match: "*", ask: [main]}
 """
-"""Limits are the defaults, with the budget of the carried configurations; logs go to a file."""
+"""Limits are the defaults. The budget holds the reserves of a thousand turns at once. Logs go to a file."""
 
 
 @dataclass
@@ -68,6 +68,10 @@ class Subject:
             self.process.close()
             self.process = None
 
+    def tail(self) -> str:
+        """The end of what it logged."""
+        return self.process.tail() if self.process else ""
+
     def pids(self) -> list[int]:
         """The server's processes."""
         return tree(self.process.pid) if self.process else []
@@ -80,6 +84,7 @@ class Subject:
             self.streamed if stream else self.plain,
             expect.encode(),
             seconds,
+            least=0 if rate else 2 * wording.SESSIONS,
             rate=rate,
             first=wording.FIRST_TOKEN.encode() if stream else b"",
             pids=self.pids(),

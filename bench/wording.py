@@ -41,10 +41,14 @@ def context_tokens(messages: int) -> int:
     return chars // 4 + 25
 
 
-def http(method: str, path: str, body: object = None, key: str = "") -> bytes:
-    """An HTTP request on a connection that is kept open."""
+def http(
+    method: str, path: str, body: object = None, key: str = "", *, close: bool = False
+) -> bytes:
+    """An HTTP request, on a connection that is kept open unless it is told to close it."""
     content = b"" if body is None else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    if close:
+        head += "Connection: close\r\n"
     if key:
         head += f"Authorization: Bearer {key}\r\n"
     if content:
@@ -52,10 +56,10 @@ def http(method: str, path: str, body: object = None, key: str = "") -> bytes:
     return f"{head}\r\n".encode() + content
 
 
-def chat(session: str, *, stream: bool = False, bot: str = BOT) -> bytes:
+def chat(session: str, *, stream: bool = False, bot: str = BOT, key: str = KEY) -> bytes:
     """A turn of chatd's API."""
     said = [{"role": "user", "content": QUESTION}]
-    body = {"api_key": KEY, "assistant_id": bot, "session_id": session, "type": "message"}
+    body = {"api_key": key, "assistant_id": bot, "session_id": session, "type": "message"}
     return http("POST", "/api/chat", {**body, "messages": said, "stream": stream})
 
 
