@@ -76,7 +76,7 @@ def measure(
         subject.start(mock.url, server)
     rounds = Rounds(mock, chosen, samples, load)
     rounds.idle()
-    rounds.check_mock()
+    rounds.warm_up()
     rounds.saturate(plan)
     rounds.timed(plan)
     rounds.first_tokens(plan)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.load import Result, run
+from bench.load import run
 from bench.processes import resident
 from bench.subjects import Mock, Subject
 from bench.targets import Samples
@@ -52,16 +52,15 @@ class Rounds:
         self._samples = samples
         self._load = load
 
-    def check_mock(self, seconds: float = 1) -> None:
-        """Ends the run when the mock is not ten times as quick as the quickest subject."""
-        quickest = max(run(each.job(seconds), self._load).rate for each in self._subjects)
-        result = run(self._mock.job(seconds), self._load)
-        self.require_mock(result, quickest)
+    def warm_up(self) -> None:
+        """Lets every subject answer for a while, and checks the mock against the quickest."""
+        self.check_mock(max(run(each.job(1), self._load).rate for each in self._subjects))
+
+    def check_mock(self, quickest: float) -> None:
+        """Ends the run when the mock's core could not answer ten times as often as that."""
+        result = run(self._mock.job(1), self._load)
         self._samples["mock"]["rate"].append(result.rate)
         self._samples["mock"]["cpu"].append(result.cpu_each * 1e3)
-
-    def require_mock(self, result: Result, quickest: float) -> None:
-        """Ends the run when the mock's core could not answer ten times as often as that."""
         able = 1 / result.cpu_each
         if able < MOCK_TIMES * quickest:
             raise SystemExit(
@@ -83,6 +82,7 @@ class Rounds:
                 found["rate"].append(result.rate)
                 found["cpu"].append(result.cpu_each * 1e3)
                 found["memory"].append(result.memory)
+        self.check_mock(max(max(self._samples[each.name]["rate"]) for each in self._subjects))
 
     def timed(self, plan: Plan) -> None:
         """Milliseconds that a turn takes, of those that can keep up with the rate."""

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench import targets
+from bench import load, targets
+from bench.subjects import Mock
 from bench.targets import Target, no_samples
 
 ROOT = Path(__file__).parent.parent
 HALF = Target("half of the limit", "sqlite", "rate", at_least=0.5, over="limit")
+
+
+@pytest.fixture
+def mock(tmp_path: Path) -> Iterator[Mock]:
+    """The mock model, on a port of its own."""
+    model = Mock(tmp_path / "mock")
+    model.start("", None)
+    yield model
+    model.close()
 
 
 def judged(target: Target, **rates: list[float]) -> targets.Verdict:
@@ -23,6 +36,22 @@ def judged(target: Target, **rates: list[float]) -> targets.Verdict:
     verdict = target.judge(samples)
     assert verdict is not None
     return verdict
+
+
+def test_every_answer_is_counted_and_its_text_is_checked(mock: Mock) -> None:
+    cores = frozenset(os.sched_getaffinity(0))
+    result = load.run(mock.job(0.2), cores)
+    assert len(result.times) == result.turns > 0
+    assert result.cpu > 0
+    wrong = dataclasses.replace(mock.job(0.2), expect=b"What the mock does not say")
+    with pytest.raises(SystemExit):
+        load.run(wrong, cores)
+
+
+def test_first_tokens_come_before_the_end_of_a_stream(mock: Mock) -> None:
+    result = load.run(mock.job(0.5, rate=50, stream=True), frozenset(os.sched_getaffinity(0)))
+    assert len(result.firsts) == len(result.times) > 0
+    assert all(first <= whole for first, whole in zip(result.firsts, result.times, strict=True))
 
 
 @pytest.mark.alone
