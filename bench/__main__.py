@@ -8,8 +8,8 @@ import resource
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from bench import chart, failover, growth, plain, report, storage, streams, subjects
 from bench.load import ROOT
@@ -28,6 +28,18 @@ OPEN_FILES = 8192
 QUICK_SIZES = growth.Sizes(
     sessions=(100, 10_000), chatbots=(1, 100), streams=(0, 100), history=(0, 20, 100), rounds=2
 )
+
+
+@dataclass
+class Found:
+    """What was measured, part by part."""
+
+    samples: Samples = field(default_factory=no_samples)
+    titles: dict[str, str] = field(
+        default_factory=lambda: {"limit": "limit: bare Tornado proxy", "sqlite": "chatd on sqlite"}
+    )
+    grown: list[growth.Series] = field(default_factory=list)
+    others: dict[str, list[list[str]]] = field(default_factory=dict)
 
 
 def turns(samples: Samples, short: bool) -> list[Subject]:
@@ -75,15 +87,30 @@ def show(tables: list[list[list[str]]], markdown: Path | None) -> None:
         markdown.write_text("\n\n".join(report.markdown(table) for table in kept) + "\n")
 
 
-def draw(
-    folder: Path, samples: Samples, titles: dict[str, str], grown: list[growth.Series]
-) -> None:
+def draw(folder: Path, found: Found) -> None:
     """Writes the charts of the parts that were measured."""
     folder.mkdir(parents=True, exist_ok=True)
-    if samples["limit"]["rate"]:
-        (folder / "turns.svg").write_text(chart.bars(samples, titles))
-    if grown:
-        (folder / "growth.svg").write_text(chart.growth(grown))
+    if found.samples["limit"]["rate"]:
+        (folder / "turns.svg").write_text(chart.bars(found.samples, found.titles))
+    if found.grown:
+        (folder / "growth.svg").write_text(chart.growth(found.grown))
+
+
+def measure(chosen: argparse.Namespace) -> Found:
+    """Measures the parts that were asked for."""
+    found = Found()
+    if "turns" in chosen.only:
+        found.titles = {each.name: each.title for each in turns(found.samples, chosen.short)}
+    if "streams" in chosen.only:
+        plan = streams.Streams(rounds=1) if chosen.quick else streams.Streams()
+        streams.measure(WORK / "streams", plan, found.samples, split_cores())
+    if "growth" in chosen.only:
+        sizes = QUICK_SIZES if chosen.quick else growth.Sizes()
+        found.grown = growth.measure(WORK / "growth", sizes, split_cores())
+    for part, run in (("storage", storage.measure), ("failover", failover.measure)):
+        if part in chosen.only:
+            found.others[part] = run(WORK / part)
+    return found
 
 
 def main() -> None:
@@ -92,31 +119,18 @@ def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(OPEN_FILES, hard)), hard))
-    samples, grown, more = no_samples(), list[growth.Series](), dict[str, Any]()
-    titles = {"limit": "limit: bare Tornado proxy", "sqlite": "chatd on sqlite"}
-    if "turns" in chosen.only:
-        titles = {each.name: each.title for each in turns(samples, chosen.short)}
-    if "streams" in chosen.only:
-        plan = streams.Streams(rounds=1) if chosen.quick else streams.Streams()
-        streams.measure(WORK / "streams", plan, samples, split_cores())
-    if "growth" in chosen.only:
-        sizes = QUICK_SIZES if chosen.quick else growth.Sizes()
-        grown = growth.measure(WORK / "growth", sizes, split_cores())
-        more["growth"] = growth.as_json(grown)
-    tables = [report.rows(samples, titles)] if samples else []
-    for part, run in (("storage", storage.measure), ("failover", failover.measure)):
-        if part in chosen.only:
-            tables.append(run(WORK / part))
-            more[part] = tables[-1]
-    found = verdicts(samples, short=chosen.short)
-    tables += [report.judged(found), growth.table(grown)]
+    found = measure(chosen)
+    judged = verdicts(found.samples, short=chosen.short)
+    tables = [report.rows(found.samples, found.titles)] if found.samples else []
+    tables += [report.judged(judged), growth.table(found.grown), *found.others.values()]
     show(tables, chosen.markdown)
     if chosen.json:
-        text = json.dumps(report.document(samples, found, more), indent=1)
+        more = {"growth": growth.as_json(found.grown), **found.others}
+        text = json.dumps(report.document(found.samples, judged, more), indent=1)
         chosen.json.write_text(text + "\n")
     if chosen.charts:
-        draw(chosen.charts, samples, titles, grown)
-    sys.exit(any(verdict.missed for verdict in found))
+        draw(chosen.charts, found)
+    sys.exit(any(verdict.missed for verdict in judged))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ class Process:
         env: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._command = " ".join(command)
         self.log = folder / "log"
         self.began = time.perf_counter()
         with self.log.open("wb") as log, pinned(cores or frozenset(os.sched_getaffinity(0))):
@@ -98,7 +99,7 @@ class Process:
             if _ask(port, request):
                 return time.perf_counter() - self.began
             time.sleep(0.002 if passed < 2 else 0.02)
-        raise SystemExit(f"{self._process.args} does not answer: {self.tail()}")
+        raise SystemExit(f"{self._command} does not answer: {self.tail()}")
 
     def first_line(self) -> str:
         """What it printed first, once it did."""
@@ -108,7 +109,7 @@ class Process:
             if newline:
                 return line
             time.sleep(0.01)
-        raise SystemExit(f"{self._process.args} did not start: {self.tail()}")
+        raise SystemExit(f"{self._command} did not start: {self.tail()}")
 
     def tail(self) -> str:
         """The end of what it printed."""

@@ -26,6 +26,10 @@ models:
 """Limits are the defaults. The budget holds the reserves of a thousand turns at once. Logs go to a file."""
 
 
+STREAMING = 16
+"""Connections that ask for streams now and then: uvicorn closes those that are idle for 5 s."""
+
+
 @dataclass
 class Subject:
     """A server that is measured.
@@ -81,7 +85,7 @@ class Subject:
         expect = wording.FIRST_TOKEN if stream else wording.REPLY
         return Job(
             self.port,
-            self.streamed if stream else self.plain,
+            self.streamed[:STREAMING] if stream else self.plain,
             expect.encode(),
             seconds,
             least=0 if rate else 2 * wording.SESSIONS,
