@@ -73,18 +73,18 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="where to write all that was found")
     parser.add_argument("--charts", type=Path, help="a folder for turns.svg and growth.svg")
-    parser.add_argument("--markdown", type=Path, help="where to write the tables for a page")
+    parser.add_argument("--page", type=Path, help="a page whose figures are replaced")
     chosen = parser.parse_args()
     chosen.only = ["turns"] if chosen.short else chosen.only
     return chosen
 
 
-def show(tables: list[list[list[str]]], markdown: Path | None) -> None:
-    """Prints the tables, and writes them for a page when that is asked for."""
+def show(tables: list[list[list[str]]], page: Path | None) -> None:
+    """Prints the tables, and puts them into a page when that is asked for."""
     kept = [table for table in tables if len(table) > 1]
     print("\n" + "\n\n".join(report.text(table) for table in kept))
-    if markdown:
-        markdown.write_text("\n\n".join(report.markdown(table) for table in kept) + "\n")
+    if page:
+        page.write_text(report.into_page(page.read_text(), kept))
 
 
 def draw(folder: Path, found: Found) -> None:
@@ -123,7 +123,7 @@ def main() -> None:
     judged = verdicts(found.samples, short=chosen.short)
     tables = [report.rows(found.samples, found.titles)] if found.samples else []
     tables += [report.judged(judged), growth.table(found.grown), *found.others.values()]
-    show(tables, chosen.markdown)
+    show(tables, chosen.page)
     if chosen.json:
         more = {"growth": growth.as_json(found.grown), **found.others}
         text = json.dumps(report.document(found.samples, judged, more), indent=1)

@@ -87,6 +87,25 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in ruled)
 
 
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+"""Between these stands what `into_page` replaces."""
+
+
+def into_page(page: str, tables: Sequence[Sequence[Sequence[str]]]) -> str:
+    """The page with the figures of this run, and the kind of machine that it ran on."""
+    kind = machine()
+    told = (
+        f"{kind['cpu']}, {kind['cores']} cores, {kind['memory_gib']:.0f} GiB of memory, "
+        f"Linux {kind['kernel']}, Python {kind['python']}."
+    )
+    before, _, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"the page has no {BEGIN} and {END}")
+    figures = "\n\n".join([told, *(markdown(table) for table in tables)])
+    return f"{before}{BEGIN}\n{figures}\n{END}{after}"
+
+
 def judged(verdicts: Sequence[Verdict]) -> list[list[str]]:
     """The table of targets."""
     table = [["target", "bound", "measured", "noise", ""]]

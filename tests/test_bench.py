@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -11,10 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chatd_plugins.sqlite import open_sqlite
 
-from bench import load, targets
+from bench import fill, load, report, targets
 from bench.subjects import Mock
 from bench.targets import Target, no_samples
+from bench.wording import BOT, QUESTION, REPLY
+from chatd.domain import Session
+from chatd.storage import BegunTurn
+from chatd.testing.storage import a_turn
 
 ROOT = Path(__file__).parent.parent
 HALF = Target("half of the limit", "sqlite", "rate", at_least=0.5, over="limit")
@@ -84,3 +90,32 @@ def test_rounds_are_compared_side_by_side() -> None:
     """A machine that is half as quick in one round says nothing of the ratio."""
     verdict = judged(HALF, sqlite=[60, 30, 60], limit=[100, 50, 100])
     assert (verdict.value, verdict.noise) == (pytest.approx(0.6), pytest.approx(0))
+
+
+def test_figures_of_a_run_replace_those_of_the_page_and_nothing_else() -> None:
+    page = (ROOT / "docs/performance.md").read_text()
+    once = report.into_page(page, [[["", "turns/s"], ["chatd on sqlite", "1234"]]])
+    assert "| chatd on sqlite | 1234 |" in once
+    again = report.into_page(once, [[["", "turns/s"], ["chatd on sqlite", "5678"]]])
+    assert again == once.replace("1234", "5678")
+    assert page.partition(report.BEGIN)[0] == again.partition(report.BEGIN)[0]
+    assert page.partition(report.END)[2] == again.partition(report.END)[2]
+
+
+def test_sessions_that_are_filled_in_hold_what_was_said(tmp_path: Path) -> None:
+    bots = [BOT, *fill.new_bots(1)]
+    ids = fill.fill(tmp_path / "chatd.db", bots, 3, 4)
+
+    async def histories() -> list[list[str]]:
+        storage = await open_sqlite({"path": str(tmp_path / "chatd.db")})
+        try:
+            found = []
+            for place, id in enumerate(ids):
+                begun = await storage.begin_turn(a_turn(Session(id, bots[place % 2])))
+                assert isinstance(begun, BegunTurn)
+                found.append([message.content for message in begun.history])
+            return found
+        finally:
+            await storage.close()
+
+    assert asyncio.run(histories()) == [[QUESTION, REPLY] * 2] * 3
