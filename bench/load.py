@@ -78,19 +78,24 @@ class Result:
 class Connection:
     """A connection that asks one request at a time."""
 
-    __slots__ = ("due", "first", "request", "socket", "unread")
+    __slots__ = ("busy", "due", "first", "request", "socket", "unread")
 
     def __init__(self, port: int, request: bytes) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
+        self.open(port)
         self.request = request
         self.unread = b""
         self.first = self.due = 0.0
+        self.busy = False
+
+    def open(self, port: int) -> None:
+        """Connects, anew after the server hung up."""
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
 
     def ask(self, due: float) -> None:
         """Sends the request, whose time counts from when it was due."""
-        self.due, self.first = due, 0.0
+        self.due, self.first, self.busy = due, 0.0, True
         self.socket.sendall(self.request)
 
     def read(self, first: bytes) -> bytes | None:
@@ -103,7 +108,7 @@ class Connection:
             self.first = time.perf_counter()
         if not is_whole(data):
             return None
-        self.unread = b""
+        self.unread, self.busy = b"", False
         return data
 
 
@@ -125,13 +130,23 @@ class Load:
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
         for request in job.requests:
-            connection = Connection(job.port, request)
-            self._connections[connection.socket.fileno()] = connection
-            self._epoll.register(connection.socket.fileno(), select.EPOLLIN)
+            self._watch(Connection(job.port, request))
         self._free = deque(self._connections.values())
         self.result = Result()
         self._since = float("inf")
         self._answered = 0
+
+    def _watch(self, connection: Connection) -> None:
+        self._connections[connection.socket.fileno()] = connection
+        self._epoll.register(connection.socket.fileno(), select.EPOLLIN)
+
+    def _reopen(self, connection: Connection) -> None:
+        """Servers close connections that were idle for a while."""
+        self._epoll.unregister(connection.socket.fileno())
+        del self._connections[connection.socket.fileno()]
+        connection.socket.close()
+        connection.open(self._job.port)
+        self._watch(connection)
 
     def run(self) -> Result:
         """Warms up, measures, and waits for the answers that are still to come."""
@@ -186,7 +201,9 @@ class Load:
     def _take(self, timeout: float) -> None:
         for number, _ in self._epoll.poll(timeout):
             connection = self._connections[number]
-            if (answer := connection.read(self._job.first)) is not None:
+            if not connection.busy:
+                self._reopen(connection)
+            elif (answer := connection.read(self._job.first)) is not None:
                 self._ended(connection, answer)
 
     def _ended(self, connection: Connection, answer: bytes) -> None:
