@@ -163,7 +163,9 @@ class Load:
         turns = self.result.turns
         self._drain()
         if not self._job.rate:
+            # What came after the end is no part of the rate.
             self.result.turns = turns
+            del self.result.times[turns:]
         return self.result
 
     def _until(self, end: float, start: float, least: int) -> None:

@@ -48,7 +48,6 @@ def test_every_answer_is_counted_and_its_text_is_checked(mock: Mock) -> None:
     cores = frozenset(os.sched_getaffinity(0))
     result = load.run(mock.job(0.2), cores)
     assert len(result.times) == result.turns > 0
-    assert result.cpu > 0
     wrong = dataclasses.replace(mock.job(0.2), expect=b"What the mock does not say")
     with pytest.raises(SystemExit):
         load.run(wrong, cores)
