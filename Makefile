@@ -2,7 +2,7 @@
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format typecheck lock clean
+.PHONY: help run test lint format typecheck bench lock clean
 
 help:
 	@echo 'make run        serve on http://localhost:8000; ARGS="--port 8001" goes to chatd serve'
@@ -10,6 +10,7 @@ help:
 	@echo 'make lint       ruff check, ruff format --check'
 	@echo 'make format     write the code as ruff does'
 	@echo 'make typecheck  mypy'
+	@echo 'make bench      measure chatd and what it is compared with; ARGS="--short" takes a minute'
 	@echo 'make lock       write the constraints and package-lock.json anew'
 	@echo 'make clean      remove what the others made; databases and .env stay'
 
@@ -28,9 +29,12 @@ format:
 typecheck:
 	@scripts/setup dev && .venv/bin/mypy
 
+bench:
+	@scripts/setup bench $(ARGS) && exec .venv/bin/python -m bench $(ARGS)
+
 lock:
 	@scripts/lock
 
 clean:
-	rm -rf .venv .venv-gateway node_modules build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .schemathesis
+	rm -rf .venv .venv-gateway .venv-bench node_modules build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Time to the first token with a dead first provider, before and after its breaker opens.
 
-`.venv/bin/python -m bench.failover` starts `chatd serve` once for each way to be dead, all of it on
+`python -m bench --only failover` starts `chatd serve` once for each way to be dead, all of it on
 loopback, and takes about a minute. The provider that answers in place of the dead one is an echo, so
 that what is measured is the failing over alone. Retries are those of the defaults (3 requests with
 pauses of up to 0.5 and 1 s); the breaker is set to open after as many turns as are measured before.
@@ -8,11 +8,9 @@ pauses of up to 0.5 and 1 s); the breaker is set to open after as many turns as 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,15 @@ from urllib.parse import urlsplit
 
 from tornado.testing import bind_unused_port
 
-from bench.streams import BOT, KEY, request
+from bench.rounds import percentile
+from bench.wording import BOT, KEY, http
 from chatd.testing.fake_provider import FakeProvider, Hold, Step, http_response
 from tests.support import ServerProcess, chatd_command
 
+TURNS = 20
+"""Turns before the breaker opens, and as many after."""
+FIRST_TOKEN_SECONDS = 1
+"""How long a provider that is silent is waited for."""
 CONFIG = """
 storage: {use: sqlite, path: chatd.db}
 log_level: error
@@ -56,6 +59,18 @@ WAYS = (
 )
 
 
+async def request(
+    host: str, port: int, path: str, body: object
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Posts, and reads the head of the answer, which must be a good one."""
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(http("POST", path, body, close=True))
+    status = await reader.readuntil(b"\r\n\r\n")
+    if not status.startswith(b"HTTP/1.1 200"):
+        raise SystemExit(f"{path} is answered with {status!r}{await reader.read(500)!r}")
+    return reader, writer
+
+
 async def first_token(host: str, port: int, session: str) -> float:
     """Seconds from a turn's request to its first token; the turn is read to its end."""
     said = [{"role": "user", "content": "Hi"}]
@@ -86,8 +101,8 @@ async def turns(url: str, count: int) -> list[float]:
     return [await first_token(host, port, session) for _ in range(count)]
 
 
-async def measure(dead: Dead, folder: Path, count: int, timeout: float) -> None:
-    """Measures one way to be dead, and prints its line."""
+async def measured(dead: Dead, folder: Path) -> list[str]:
+    """Measures one way to be dead; a line of the table."""
     async with FakeProvider() as fake:
         url = fake.url
         if dead.steps is None:
@@ -96,55 +111,33 @@ async def measure(dead: Dead, folder: Path, count: int, timeout: float) -> None:
             url = f"http://127.0.0.1:{port}"
         else:
             fake.always(*dead.steps)
-        config = CONFIG % (url, timeout, count * dead.requests)
+        config = CONFIG % (url, FIRST_TOKEN_SECONDS, TURNS * dead.requests)
         (folder / "chatd.yaml").write_text(config)
         with await asyncio.to_thread(ServerProcess, folder) as server:
             address = await asyncio.to_thread(lambda: server.url)
-            before = await turns(address, count)
+            before = await turns(address, TURNS)
             if "is left alone" not in server.stdout:
                 raise SystemExit(f"the breaker did not open: {server.stdout}")
             asked = len(fake.requests)
-            after = await turns(address, count)
+            after = await turns(address, TURNS)
             if len(fake.requests) != asked:
                 raise SystemExit("an open breaker let a request through")
-    times = [quantile(times, n) * 1000 for times in (before, after) for n in (50, 95)]
+    times = [percentile(times, n) * 1000 for times in (before, after) for n in (50, 95)]
     saved = statistics.median(before) / statistics.median(after)
-    print(f"{dead.name:<20}" + "".join(f"{ms:>12.1f}" for ms in times) + f"{saved:>9.0f}x")
+    return [dead.name, *(f"{ms:.1f}" for ms in times), f"{saved:.0f}x"]
 
 
-def quantile(times: list[float], percent: int) -> float:
-    """The time that so many of 100 are within."""
-    return statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
-
-
-async def measure_all(folder: Path, count: int, timeout: float) -> None:
-    """Measures each way to be dead, and prints a table."""
-    print(f"ms to the first token, {count} turns before the breaker opens and {count} after")
-    columns = ("p50 before", "p95 before", "p50 after", "p95 after")
-    print(f"{'the first provider':<20}" + "".join(f"{name:>12}" for name in columns) + "     p50")
+def measure(folder: Path) -> list[list[str]]:
+    """Measures each way to be dead, and makes a table of milliseconds to the first token."""
+    columns = ("p50 before", "p95 before", "p50 after", "p95 after", "p50")
+    table = [["ms to the first token, when the first provider", *columns]]
     for number, dead in enumerate(WAYS):
         own = folder / str(number)
-        own.mkdir()
+        own.mkdir(parents=True)
         arguments = ("bots", "add", "--id", BOT, "--api-key", KEY, "--name", "Bench")
-        (own / "chatd.yaml").write_text(CONFIG % ("http://127.0.0.1:9", timeout, 1))
-        added = await asyncio.to_thread(chatd_command, *arguments, cwd=own)
+        (own / "chatd.yaml").write_text(CONFIG % ("http://127.0.0.1:9", FIRST_TOKEN_SECONDS, 1))
+        added = chatd_command(*arguments, cwd=own)
         if added.returncode:
             raise SystemExit(added.stderr)
-        await measure(dead, own, count, timeout)
-
-
-def main() -> None:
-    """Reads the options and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--turns", type=int, default=20, help="turns before, and as many after")
-    parser.add_argument(
-        "--first-token", type=float, default=1, help="seconds that one that is silent is waited for"
-    )
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        work = measure_all(Path(folder), options.turns, options.first_token)
-        asyncio.run(asyncio.wait_for(work, 600))
-
-
-if __name__ == "__main__":
-    main()
+        table.append(asyncio.run(asyncio.wait_for(measured(dead, own), 300)))
+    return table

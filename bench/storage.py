@@ -1,16 +1,14 @@
 """Turns a second and CPU per turn of the three storages, side by side in one run.
 
-`.venv/bin/python -m bench.storage` starts a PostgreSQL and a PostgREST of its own on loopback and
-takes about a minute. A turn here is `begin_turn` with a history of 20 messages and `finish_turn`;
-CPU is that of this process alone, chatd's share. Round trips are counted in the last round.
+`python -m bench --only storage` starts a PostgreSQL and a PostgREST of its own on loopback and takes
+about a minute. A turn here is `begin_turn` with a history of 20 messages and `finish_turn`, 64 at once;
+CPU is that of this process alone, chatd's share. RPCs are counted in the last round.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,11 +18,15 @@ from chatd_plugins.postgres import open_postgres
 from chatd_plugins.sqlite import open_sqlite
 from chatd_plugins.supabase import open_supabase
 
+from bench import wording
 from chatd.domain import Session, TurnStatus, new_id
 from chatd.storage import FinishTurn, Storage
 from chatd.testing.storage import a_chatbot, a_turn
 from tests.postgres import Supabase, jwt
 
+ROUNDS = 5
+TURNS = 1000
+"""Turns a round."""
 HISTORY_CHARS = 20 * (20 + 16)
 """A budget that holds the last 20 of the messages said here, each of 20 characters."""
 
@@ -38,6 +40,7 @@ class Subject:
     sessions: list[Session] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    trips: float = 0
 
     async def prepare(self, sessions: int) -> None:
         """Makes sessions with a history."""
@@ -71,8 +74,8 @@ class Subject:
         self.cpu.append((time.process_time() - cpu) / turns * 1e6)
 
 
-async def measure(database: Supabase, folder: Path, rounds: int, turns: int, sessions: int) -> None:
-    """Measures the three in turn, and prints a table."""
+async def measured(database: Supabase, folder: Path) -> list[Subject]:
+    """The three storages, measured in turn."""
     url, key = database.postgrest.url, jwt("service_role")
     opened: dict[str, Callable[[], Awaitable[Storage]]] = {
         "sqlite": lambda: open_sqlite({"path": str(folder / "chatd.db")}),
@@ -81,39 +84,29 @@ async def measure(database: Supabase, folder: Path, rounds: int, turns: int, ses
     }
     subjects = [Subject(name, await open()) for name, open in opened.items()]
     for subject in subjects:
-        await subject.prepare(sessions)
-    before = 0
-    for number in range(rounds):
+        await subject.prepare(wording.SESSIONS)
+    for _ in range(ROUNDS):
         for subject in subjects:
-            if number == rounds - 1 and subject.name == "supabase":
-                before = len(database.postgrest.requests())
-            await subject.round(turns)
-    shared = (len(database.postgrest.requests()) - before) / turns
-    print(f"{sessions} turns at once, {rounds} rounds of {turns} turns, medians")
-    print(f"{'storage':<10}{'turns/s':>9}{'of sqlite':>11}{'CPU/turn':>11}")
+            before = len(database.postgrest.requests())
+            await subject.round(TURNS)
+            subject.trips = (len(database.postgrest.requests()) - before) / TURNS
+    for subject in subjects:
+        await subject.storage.close()
+    return subjects
+
+
+def measure(folder: Path) -> list[list[str]]:
+    """Measures, and makes a table: medians of the rounds."""
+    folder.mkdir(parents=True)
+    database = Supabase()
+    try:
+        subjects = asyncio.run(measured(database, folder))
+    finally:
+        database.close()
+    table = [["storage alone", "turns/s", "of sqlite", "CPU us/turn", "RPCs/turn"]]
     first = statistics.median(subjects[0].rates)
     for subject in subjects:
         rate, cpu = statistics.median(subject.rates), statistics.median(subject.cpu)
-        print(f"{subject.name:<10}{rate:>9.0f}{rate / first:>10.2f}x{cpu:>8.0f} us")
-        await subject.storage.close()
-    print(f"supabase: {shared:.2f} RPCs a turn, 2 for a turn that is alone")
-
-
-def main() -> None:
-    """Reads the options and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=1000, help="turns a round")
-    parser.add_argument("--sessions", type=int, default=64, help="turns at once")
-    options = parser.parse_args()
-    database = Supabase()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            work = measure(database, Path(folder), options.rounds, options.turns, options.sessions)
-            asyncio.run(work)
-    finally:
-        database.close()
-
-
-if __name__ == "__main__":
-    main()
+        trips = f"{subject.trips:.2f}" if subject.trips else "-"
+        table.append([subject.name, f"{rate:.0f}", f"{rate / first:.2f}x", f"{cpu:.0f}", trips])
+    return table

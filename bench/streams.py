@@ -1,177 +1,178 @@
-"""The gap between events, memory and CPU of a server with many open streams.
+"""Many open streams: the gap between their events, and what they take of the server.
 
-`.venv/bin/python -m bench.streams` starts `chatd serve` with SQLite and an echo that answers at
-the rate asked for, opens the streams from this process and reads them. All of it is on loopback.
-Gaps count once every stream is open; "late" is by how much a gap is over what the rate gives, and
-holds the delays of this process too, whose own are shown as "reader".
+The mock sends tokens at the rate asked for, and a process of its own reads every stream (this module,
+run as a program with a job on stdin). A server is started anew for each round, since memory that was
+freed stays with a process. Gaps count once every stream is open, and hold the reader's delays too.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import json
-import os
-import resource
+import select
+import socket
 import statistics
-import tempfile
+import subprocess
+import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
-from tests.support import ServerProcess, chatd_command
+from bench import subjects, wording
+from bench.fill import fill
+from bench.load import ROOT
+from bench.processes import cpu_seconds, pinned, resident
+from bench.subjects import Mock, Subject
+from bench.targets import Samples
 
-KEY = "bench-key-0123456789abcdef"
-BOT = "6f1f5b52-7a44-4f0e-9a57-0c3f8d0f2b11"
-CONFIG = """
-server: {max_connections: 20000, max_connections_per_address: 20000}
-storage: {use: sqlite, path: chatd.db}
-log_level: warning
-providers:
-  main: {use: echo, reply: "%s", word_seconds: %s}
-models:
-  - {match: "*", ask: [main]}
-"""
 OPENING = 50
 """How many streams are opened at once."""
+START_SECONDS = 60
+"""How long all streams may take to be open."""
 
 
-@dataclass
-class Measured:
-    """What was seen of all the streams."""
+@dataclass(frozen=True)
+class Streams:
+    """How many, at how many tokens a second each, and for how long they are watched."""
 
-    opened: int = 0
-    ended: int = 0
-    events: int = 0
-    gaps: list[float] = field(default_factory=list)
-    delays: list[float] = field(default_factory=list)
-    counting: bool = False
+    count: int = 1000
+    rate: float = 20
+    seconds: float = 10
+    rounds: int = 3
 
 
-def usage(pid: int) -> tuple[float, float]:
-    """CPU seconds and resident MiB of a process."""
-    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-    return (int(stat[11]) + int(stat[12])) / ticks, int(stat[21]) * page / 2**20
+class Reader:
+    """Opens streams and reads them."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._job = job
+        self._epoll = select.epoll()
+        self._left = list(job["requests"])
+        self._streams: dict[int, socket.socket] = {}
+        self._last: dict[int, float] = {}
+        self._gaps: list[float] = []
+        self._tokens = 0
+        self._token = wording.NEXT_TOKEN.encode()
+
+    def run(self) -> dict[str, Any]:
+        """Opens all, watches them, and says what was seen; times are in seconds."""
+        pids = self._job["pids"]
+        idle, began = resident(pids), time.perf_counter()
+        while self._left or len(self._last) < len(self._streams):
+            if time.perf_counter() > began + START_SECONDS:
+                raise SystemExit(f"only {len(self._last)} streams are open")
+            while self._left and len(self._streams) - len(self._last) < OPENING:
+                self._open(self._left.pop())
+            self._take()
+        self._gaps.clear()
+        self._tokens = 0
+        cpu, own, start = cpu_seconds(pids), time.process_time(), time.perf_counter()
+        while time.perf_counter() < start + self._job["seconds"]:
+            self._take()
+        passed = time.perf_counter() - start
+        cuts = statistics.quantiles(self._gaps, n=100)
+        return {
+            "gap": cuts[98] * 1e3,
+            "events": self._tokens / passed,
+            "stream_cpu": (cpu_seconds(pids) - cpu) / passed * 100,
+            "stream_memory": (resident(pids) - idle) * 1024 / len(self._streams),
+            "reader_cpu": (time.process_time() - own) / passed * 100,
+        }
+
+    def _open(self, request: str) -> None:
+        stream = socket.create_connection(("127.0.0.1", self._job["port"]), timeout=10)
+        stream.sendall(request.encode("latin-1"))
+        stream.setblocking(False)
+        self._streams[stream.fileno()] = stream
+        self._epoll.register(stream.fileno(), select.EPOLLIN)
+
+    def _take(self) -> None:
+        for number, _ in self._epoll.poll(0.1):
+            data = self._streams[number].recv(1 << 16)
+            if number not in self._last and data.startswith(b"HTTP/1.1 "):
+                check_head(data)
+            if not data or b"[DONE]" in data or b'"error"' in data:
+                raise SystemExit(f"a stream ended too early: {data[-500:]!r}")
+            if self._token in data:
+                now = time.perf_counter()
+                self._tokens += data.count(self._token)
+                if number in self._last:
+                    self._gaps.append(now - self._last[number])
+                self._last[number] = now
 
 
-async def request(
-    host: str, port: int, path: str, body: object
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Posts, and reads the head of the answer, which must be a good one."""
-    reader, writer = await asyncio.open_connection(host, port)
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-    status = await reader.readuntil(b"\r\n\r\n")
-    if not status.startswith(b"HTTP/1.1 200"):
-        raise SystemExit(f"{path} is answered with {status!r}{await reader.read(500)!r}")
-    return reader, writer
+def check_head(data: bytes) -> None:
+    """Ends the measuring when a stream is refused."""
+    if not data.startswith(b"HTTP/1.1 200"):
+        raise SystemExit(f"a stream is refused: {data[:1000]!r}")
 
 
-async def stream(host: str, port: int, gate: asyncio.Semaphore, measured: Measured) -> None:
-    """Opens one stream in a session of its own, and reads it to its end."""
-    known = {"api_key": KEY, "assistant_id": BOT}
-    async with gate:
-        reader, writer = await request(host, port, "/api/chat/session", known)
-        session = json.loads(await reader.read())["session_id"]
-        writer.close()
-        said = [{"role": "user", "content": "Hi"}]
-        body = {**known, "session_id": session, "type": "m", "messages": said, "stream": True}
-        reader, writer = await request(host, port, "/api/chat", body)
-    measured.opened += 1
-    last = 0.0
-    while data := await reader.read(65536):
-        if b'"text-delta"' not in data:
-            continue
-        now = time.perf_counter()
-        if measured.counting:
-            measured.events += data.count(b'"text-delta"')
-            if last:
-                measured.gaps.append(now - last)
-        last = now
-    measured.ended += 1
-    writer.close()
+def read(subject: Subject, plan: Streams, cores: frozenset[int]) -> dict[str, float]:
+    """What a process on these cores sees of the streams of a server.
 
-
-async def own_delays(measured: Measured) -> None:
-    """By how much this process itself is late."""
-    while True:
-        before = time.perf_counter()
-        await asyncio.sleep(0.05)
-        if measured.counting:
-            measured.delays.append(time.perf_counter() - before - 0.05)
-
-
-async def measure(url: str, pid: int, streams: int, rate: float, seconds: float) -> None:
-    """Reads the streams for so long, and prints what came of it."""
-    address = urlsplit(url)
-    host, port = "127.0.0.1", address.port or 80
-    measured, gate = Measured(), asyncio.Semaphore(OPENING)
-    idle = usage(pid)[1]
-    began = time.perf_counter()
-    tasks = [asyncio.create_task(stream(host, port, gate, measured)) for _ in range(streams)]
-    watch = asyncio.create_task(own_delays(measured))
-    while measured.opened < streams:
-        await asyncio.sleep(0.05)
-        for task in tasks:
-            if task.done():
-                task.result()
-    opening = time.perf_counter() - began
-    measured.counting = True
-    cpu, own, start = usage(pid)[0], time.process_time(), time.perf_counter()
-    most = 0.0
-    while (passed := time.perf_counter() - start) < seconds:
-        await asyncio.sleep(min(0.5, seconds - passed))
-        most = max(most, usage(pid)[1])
-    measured.counting = False
-    passed = time.perf_counter() - start
-    share, reader = (usage(pid)[0] - cpu) / passed, (time.process_time() - own) / passed
-    ended = measured.ended
-    for task in (*tasks, watch):
-        task.cancel()
-    await asyncio.gather(*tasks, watch, return_exceptions=True)
-    cuts = statistics.quantiles(measured.gaps, n=1000)
-    lag = statistics.quantiles(measured.delays, n=100)[98]
-    print(f"{streams} streams at {rate:g} words/s for {passed:.1f} s; opened in {opening:.1f} s")
-    print(f"events/s     {measured.events / passed:>8.0f} of {streams * rate:.0f} asked for")
-    print(f"gap p50      {cuts[499] * 1000:>8.1f} ms")
-    print(f"gap p99      {cuts[989] * 1000:>8.1f} ms")
-    print(f"gap p99.9    {cuts[998] * 1000:>8.1f} ms, most {max(measured.gaps) * 1000:.1f} ms")
-    print(f"server RSS   {most:>8.1f} MiB, {idle:.1f} when idle")
-    each = share * passed / max(1, measured.events) * 1e6
-    print(f"server CPU   {share:>8.0%} of one core, {each:.0f} us an event")
-    print(f"reader CPU   {reader:>8.0%} of one core, late by {lag * 1000:.1f} ms at p99")
-    if ended:
-        print(f"{ended} streams ended before they were to: open them faster or read for longer")
-
-
-def main() -> None:
-    """Reads the options and measures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--rate", type=float, default=20, help="words a second in each stream")
-    parser.add_argument("--seconds", type=float, default=10, help="how long to measure")
-    options = parser.parse_args()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(soft, min(2 * options.streams + 500, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    words = int(options.rate * (options.seconds + 15 + options.streams / 50))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = CONFIG % (" ".join(["word"] * words), 1 / options.rate)
-        (folder / "chatd.yaml").write_text(config)
-        added = chatd_command(
-            *("bots", "add", "--id", BOT, "--api-key", KEY, "--name", "Bench"), cwd=folder
+    A server that does not keep up with them all has `failed`.
+    """
+    requests = [request.decode("latin-1") for request in subject.streamed[: plan.count]]
+    job = {"port": subject.port, "requests": requests, "seconds": plan.seconds}
+    with pinned(cores):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.streams"],
+            cwd=ROOT,
+            input=json.dumps({**job, "pids": subject.pids()}).encode(),
+            stdout=subprocess.PIPE,
+            timeout=START_SECONDS + plan.seconds + 30,
+            check=False,
         )
-        if added.returncode:
-            raise SystemExit(added.stderr)
-        with ServerProcess(folder) as server:
-            pid = server.process.pid
-            work = measure(server.url, pid, options.streams, options.rate, options.seconds)
-            asyncio.run(asyncio.wait_for(work, 60))
+    if done.returncode:
+        print(f"{subject.title} does not keep up with {plan.count} streams", file=sys.stderr)
+        return {"failed": 1}
+    found: dict[str, float] = json.loads(done.stdout)
+    if found["events"] < 0.9 * plan.count * plan.rate:
+        events = f"{found['events']:.0f} of {plan.count * plan.rate:.0f} events"
+        print(f"{subject.title} sends {events} a second", file=sys.stderr)
+        found["failed"] = 1
+    return found
+
+
+def paced_mock(folder: Path, plan: Streams) -> Mock:
+    """A mock whose replies last longer than the streams are watched."""
+    tokens = int(plan.rate * (START_SECONDS + plan.seconds + 10))
+    return Mock(folder, "--interval", str(1 / plan.rate), "--tokens", str(tokens))
+
+
+def subjects_of(folder: Path, count: int) -> Sequence[Subject]:
+    """The limit and chatd on SQLite, with a session for each stream."""
+    proxy = subjects.limit(folder / "limit")
+    proxy.streamed = [wording.chat("-", stream=True)] * count
+    own = folder / "sqlite"
+    own.mkdir(parents=True)
+    sessions = fill(own / "chatd.db", [wording.BOT], count, wording.HISTORY)
+    return [
+        proxy,
+        subjects.chatd("sqlite", own, {"use": "sqlite", "path": "chatd.db"}, sessions),
+    ]
+
+
+def measure(
+    folder: Path, plan: Streams, samples: Samples, cores: tuple[frozenset[int], frozenset[int]]
+) -> None:
+    """Measures each subject in turn, round after round."""
+    mock = paced_mock(folder / "mock", plan)
+    mock.start("", cores[1])
+    try:
+        chosen = subjects_of(folder, plan.count)
+        for _ in range(plan.rounds):
+            for subject in chosen:
+                subject.start(mock.url, cores[0])
+                try:
+                    for name, value in read(subject, plan, cores[1]).items():
+                        samples[subject.name][name].append(value)
+                finally:
+                    subject.close()
+    finally:
+        mock.close()
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(Reader(json.load(sys.stdin)).run()))
