@@ -10,10 +10,10 @@ import { minify } from "terser";
 const MOST_BYTES = 15_360;
 
 /** Properties that the widget's parts have among themselves, and no page, server or browser: short ones do. */
-const OWN = `aligns begin bot busy chat chatbot direction dispose duration element events history introduce
-  isLoaded items keepOnly kind leave load loadOlder look markdown messages note older onBusy onFinished
-  onMessage onNotice onReset retry retryAfter running say source state stop tag tell token told turn until
-  update word`.split(/\s+/);
+const OWN = `aligns api begin bot busy chat chatbot direction dispose duration element events history introduce
+  isLoaded items keepOnly kind leave load loadOlder look markdown messages note notice older onBusy
+  onFinished onMessage onNotice onReset retry retryAfter running say source state stop tag tell token told
+  turn until update word`.split(/\s+/);
 
 const here = dirname(fileURLToPath(import.meta.url));
 const target = process.argv[2] ?? join(here, "..", "chatd", "static", "widget");
