@@ -229,6 +229,7 @@ class _Writer:
             self._timer.cancel()
             self._leave()
             self._reply.remove_reader(self._wake)
+            self._handler.on_gone = None
 
     def _leave(self) -> None:
         if not self._ended.done():
@@ -377,6 +378,8 @@ class TurnHandler(ApiHandler):
             raise ProviderTimeout from None
         finally:
             reply.remove_reader(reader)
+            # It knows this handler, which would stay until cycles are looked for.
+            self.on_gone = None
 
     async def events(self, reply: Reply, *, after: int = 0, private: bool) -> None:
         """Answers with the reply's events, from after the one that the reader has."""
