@@ -168,6 +168,10 @@ def _one_more(quotas: Sequence[Quota]) -> tuple[Quota, ...]:
     return tuple(replace(quota, left=quota.left + 1) for quota in quotas)
 
 
+_FREE = Admission((), ())
+"""Where nothing is limited."""
+
+
 class Limits:
     """Says how much is too much.
 
@@ -219,6 +223,9 @@ class Limits:
             quota for scope, key in keys.items() for quota in self._of(kind, scope, key, chatbot)
         ]
         others = [] if "key" in own else self._of(kind, "chatbot", "", chatbot)
+        if not (mine or others):
+            yield _FREE
+            return
         vain = [_vain(quota) for quota in mine]
         mine = [await self._asked(self._counters, quota) for quota in mine]
         others = [await self._asked(self._counters, quota) for quota in others]

@@ -20,7 +20,7 @@ from chatd.answering import RunningTurn, around, asked, collect, storable, unfin
 from chatd.bookkeeping import STORE_SECONDS, Books
 from chatd.budgets import Budgets
 from chatd.config import LimitsConfig
-from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
+from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_turn_id
 from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, StorageUnavailable
 from chatd.estimates import Estimates, Said
 from chatd.interceptor import Interceptor, Proceed, TurnContext
@@ -158,7 +158,7 @@ class Turns:
         """
         if self._closing:
             raise ShuttingDown
-        turn_id = new_id()
+        turn_id = new_turn_id()
         begun = self._beginning[turn_id] = asyncio.Event()
         reserved = None
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
-import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -155,7 +155,7 @@ class ApiHandler(RequestHandler):
         self.is_gone = False
         self.on_gone: Callable[[], None] | None = None
         given = self.request.headers.get("X-Request-Id", "")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         logs.request_id.set(self.request_id)
         self._common_headers()
 
