@@ -271,6 +271,30 @@ async def test_a_session_that_is_larger_than_a_part_is_exported_whole_and_once(
     assert sizes == [600_000, 900_000] * 5
 
 
+async def test_an_export_has_the_reply_of_each_turn_that_it_has_as_ended_while_turns_end(
+    tmp_path: Path,
+) -> None:
+    storage = await opened(tmp_path)
+    session = Session(new_id(), (await a_kept_bot(storage, None)).id)
+    await storage.create_session(session)
+    for _ in range(300):
+        await complete(storage, session, "hi", "Hi!")
+
+    async def talk() -> None:
+        while True:
+            await complete(storage, session, "and?", "So.")
+
+    talking = asyncio.create_task(talk())
+    for _ in range(40):
+        part = await storage.export_session(session.id)
+        assert part is not None
+        replies = {exported.reply_id for exported in part.turns} - {None}
+        assert replies <= {message.id for message in part.messages}
+    talking.cancel()
+    await asyncio.gather(talking, return_exceptions=True)
+    await storage.close()
+
+
 # Erase
 
 

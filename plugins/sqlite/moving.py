@@ -37,6 +37,11 @@ _EXPORTED = (
 
 def export_session(db: apsw.Connection, session_id: str, place: int) -> chatd.SessionPart | None:
     """As `chatd.Storage.export_session`."""
+    with db:  # a turn that ends meanwhile is seen whole or not at all
+        return _export_session(db, session_id, place)
+
+
+def _export_session(db: apsw.Connection, session_id: str, place: int) -> chatd.SessionPart | None:
     row = db.execute(
         f"SELECT {SESSION_COLUMNS} FROM sessions WHERE session_id = ?", (session_id,)
     ).fetchone()
