@@ -219,4 +219,5 @@ class Supervisor:
             os._exit(code)
 
     def _says_ready(self) -> None:
-        os.write(self._tell_ready, b".")
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone, which the lifeline tells
+            os.write(self._tell_ready, b".")

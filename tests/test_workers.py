@@ -21,7 +21,7 @@ from tests.test_process import Client, call, wait_for_a_turn
 
 # SQLite, which several processes can use at once, says no to it for the sake of speed.
 SHARED = """
-import os, pathlib
+import asyncio, os, pathlib
 import chatd
 from chatd_plugins.sqlite import open_sqlite
 
@@ -30,6 +30,10 @@ async def open_shared(settings):
         os._exit(7)
     if pathlib.Path("refuses").exists():
         raise chatd.PluginError("the storage is out")
+    if pathlib.Path("slow").exists():
+        pathlib.Path("slow").rename("opening")
+    while pathlib.Path("opening").exists():
+        await asyncio.sleep(0.02)
     return await open_sqlite(settings)
 
 @chatd.hookimpl
@@ -156,6 +160,22 @@ def test_workers_whose_parent_was_killed_let_running_turns_finish_and_end(tmp_pa
         assert (status, answer["response"]) == (200, "a b c")
         eventually(lambda: all(is_gone(pid) for pid in pids))
         assert server.stdout.count("the parent process is gone") == 2
+
+
+def test_a_worker_whose_parent_was_killed_before_it_served_ends_in_good_order(
+    tmp_path: Path,
+) -> None:
+    configure(tmp_path)
+    (tmp_path / "slow").touch()
+    with server_process(tmp_path) as server:
+        eventually((tmp_path / "opening").exists)
+        [pid] = workers(server)
+        server.kill()
+        (tmp_path / "opening").unlink()
+        eventually(lambda: is_gone(pid))
+        assert "the parent process is gone" in server.stdout
+        assert '"message":"stopped"' in server.stdout
+        assert "failed" not in server.stdout
 
 
 def test_workers_all_take_on_a_good_configuration_and_none_a_bad_one(tmp_path: Path) -> None:
