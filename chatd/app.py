@@ -24,11 +24,14 @@ from chatd.errors import PluginError
 from chatd.handlers import bot, chat, docs, health, openai, sessions, turns, widget
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
-from chatd.limits import Limits, WindowCounters
+from chatd.limits import Limits
+from chatd.memory import MemoryShared
 from chatd.offers import Offer
 from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
 from chatd.routing import Router, Rule, Target
+from chatd.shared import Shared
+from chatd.sharing import Sharing
 from chatd.storage import Storage
 from chatd.turns import Turns
 
@@ -68,6 +71,7 @@ def offers(registry: Registry) -> Offers:
         "storage": {o.name: o.schema for o in registry.storages.values()},
         "provider": {o.name: o.schema for o in registry.providers.values()},
         "interceptor": {o.name: o.schema for o in registry.interceptors.values()},
+        "shared": {o.name: o.schema for o in registry.shared.values()},
     }
 
 
@@ -106,6 +110,24 @@ async def open_storage(config: Config, registry: Registry) -> Storage:
 async def open_used_storage(use: Use, registry: Registry) -> Storage:
     """A storage by its name and settings. The caller closes it. Raises `PluginError`."""
     return await _opened("storage", registry.storages[use.name], use.settings)
+
+
+async def open_shared(config: Config, registry: Registry) -> Shared | None:
+    """What processes share; None when the configuration names nothing. Raises `PluginError`."""
+    if config.shared is None:
+        return None
+    return await _opened("shared", registry.shared[config.shared.name], config.shared.settings)
+
+
+async def open_sharing(config: Config, registry: Registry, stack: AsyncExitStack) -> Sharing:
+    """The same with what holds without it; `stack` closes it. Its caller opens it."""
+    shared = await open_shared(config, registry)
+    if shared is not None:
+        stack.push_async_callback(_closed, "shared", shared.close)
+    # One that is this process's own is what `Sharing` has itself, at less cost.
+    sharing = Sharing(None if isinstance(shared, MemoryShared) else shared)
+    stack.push_async_callback(sharing.close)
+    return sharing
 
 
 async def open_providers(
@@ -175,12 +197,15 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
             (use.name, await _opened(f"interceptor {use.name}", offer, use.settings))
         )
         stack.push_async_callback(_closed, f"interceptor {use.name}", interceptors[-1][1].close)
+    sharing = await open_sharing(config, registry, stack)
+    budgets = Budgets(storage, config.limits, sharing)
     running = Turns(
         storage,
         router,
         interceptors,
         lease_seconds=config.server.lease_seconds,
-        budgets=Budgets(storage, config.limits),
+        budgets=budgets,
+        sharing=sharing,
     )
     stack.push_async_callback(running.close)
     await running.open()
@@ -190,8 +215,14 @@ async def open_runtime(config: Config, registry: Registry, stack: AsyncExitStack
         public_url=config.server.public_url,
         cache_seconds=config.server.chatbot_cache_seconds,
     )
-    limits = Limits(config.limits, WindowCounters(), trusted_proxies=config.server.trusted_proxies)
-    services = Services(config.server, storage, access, limits, running)
+    sharing.on("changed", lambda message: access.forget_chatbot(message["chatbot"]))
+    sharing.on("erased", lambda message: access.forget_session(message["session"]))
+    sharing.on_missed(access.forget_chatbots)
+    await sharing.open()
+    if sharing.is_shared:
+        sharing.spawn(budgets.keep())
+    limits = Limits(config.limits, sharing, trusted_proxies=config.server.trusted_proxies)
+    services = Services(config.server, storage, access, limits, running, sharing)
     return Runtime(build_application(services, registry.routes), services, router)
 
 
