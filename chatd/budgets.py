@@ -194,7 +194,7 @@ class Budgets:
 
     async def _read(self, chatbot_id: str, book: _Book, reserve: float) -> None:
         account = await self._sharing.account(book.account)
-        book.epoch = self._sharing.epoch
+        moved, book.epoch = book.epoch != self._sharing.epoch, self._sharing.epoch
         midnight = datetime.combine(book.day, time(), UTC)
         totals = await self._storage.usage_totals(by="day", chatbot_id=chatbot_id, since=midnight)
         spent = most = 0.0
@@ -208,8 +208,8 @@ class Budgets:
         # until it is read again.
         settled, epoch = account.settled, book.epoch
         await self._sharing.learn(book.account, spent, settled=settled, most=most, epoch=epoch)
-        if account.spent is None and book.holds:
-            # It is a new one: tell what turns hold of it that run already.
+        if (moved or account.spent is None) and book.holds:
+            # It may not know what turns hold of it that run already.
             await self._sharing.hold(book.account, book.holds)
 
 

@@ -28,7 +28,13 @@ T = TypeVar("T")
 Message = Mapping[str, Any]
 
 ASK_SECONDS = 0.1
-"""How long a request waits for what is shared."""
+"""How long a request waits for what is shared, beside the time that this process is busy itself."""
+
+SLICES = 5
+"""In how many parts that is waited; one that ends late does not count."""
+
+BUSY_SECONDS = 1.0
+"""How long it is waited at most, however busy this process is."""
 
 CHECK_SECONDS = 1.0
 """How long it may take to say that it is there, which no request waits for."""
@@ -50,6 +56,42 @@ SAYING = "saying"
 
 EVERYBODY = "all"
 """The channel that each process listens on, beside one of its own."""
+
+
+class _Patience:
+    """Ends what it is given after `ASK_SECONDS`, without those in which this process was busy.
+
+    An answer that came while the event loop did something else is not late.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._slice = ASK_SECONDS / SLICES
+        self._left = SLICES
+        self._last = self._loop.time() + BUSY_SECONDS
+        self._scope = asyncio.timeout(None)
+        self._wait()
+
+    async def __aenter__(self) -> None:
+        await self._scope.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        """Raises `TimeoutError` when it took too long."""
+        self._timer.cancel()
+        await self._scope.__aexit__(*error)
+
+    def _wait(self) -> None:
+        self._due = self._loop.time() + self._slice
+        self._timer = self._loop.call_at(self._due, self._tick)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        if now - self._due < self._slice / 2:
+            self._left -= 1
+        if self._left and now < self._last:
+            self._wait()
+        else:
+            self._scope.reschedule(now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +127,8 @@ class Sharing:
         self._doubts: BaseException | None = SharedUnavailable("not asked yet")
         self._lost = False
         self._doubted = asyncio.Event()
+        self._doubted_at = -math.inf
+        self._trusted = asyncio.Event()
         self._complained = -math.inf
         self._heard: dict[str, list[Callable[[Message], None]]] = {}
         self._missed: list[Callable[[], None]] = []
@@ -141,20 +185,32 @@ class Sharing:
         if self._shared is None:
             raise SharedUnavailable("nothing is shared")
         if self._doubts is not None:
-            self.fallbacks += 1
-            raise SharedUnavailable("it is gone")
+            await self._looked_at()
         try:
-            async with asyncio.timeout(ASK_SECONDS):
+            async with _Patience():
                 return await operation(self._shared)
         except Exception as error:
             self.fallbacks += 1
             self._doubt(error)
             raise SharedUnavailable(_told(error)) from error
 
+    async def _looked_at(self) -> None:
+        """Waits a moment for it to be looked at, if it was doubted just now. Raises as `_ask` does."""
+        wait = self._doubted_at + ASK_SECONDS - asyncio.get_running_loop().time()
+        if wait > 0 and not self._lost:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._trusted.wait()
+        if self._doubts is not None:
+            self.fallbacks += 1
+            raise SharedUnavailable("it is gone")
+
     def _doubt(self, error: BaseException) -> None:
         """Asks no more until it was looked at."""
         if self._doubts is None:
             self._doubts = error
+            self._doubted_at = asyncio.get_running_loop().time()
+            self._trusted.clear()
             self.epoch += 1
             self._accounts.clear()
             self._doubted.set()
@@ -193,6 +249,7 @@ class Sharing:
             self._complain(self._doubts)
         if self._doubts is not None:
             self._doubts = None
+            self._trusted.set()
             self.epoch += 1
         if self._lost and self._listener is not None:
             # What it listens on may be a connection that is none any more.
@@ -227,7 +284,7 @@ class Sharing:
     def give_back(self, taken: Taken) -> None:
         """Gives back what was granted, without waiting for it."""
         self._windows.give_back(taken.windows)
-        if self.is_up:
+        if self.is_shared:
             self._say(lambda shared: shared.give_back(taken.group, taken.hold, taken.windows))
 
     # Budgets
@@ -267,10 +324,14 @@ class Sharing:
 
     def settle(self, account: str, hold: str, spending: Spending | None) -> None:
         """As `Shared.settle`, without waiting for it."""
-        if self.is_up:
-            self._say(lambda shared: shared.settle(account, hold, spending))
-        else:
+        if not self.is_shared:
             self._accounts.settle(account, hold, spending)
+            return
+
+        def alone() -> None:
+            self._accounts.settle(account, hold, spending)
+
+        self._say(lambda shared: shared.settle(account, hold, spending), alone)
 
     # Messages
 
@@ -284,7 +345,7 @@ class Sharing:
 
     def tell(self, kind: str, **more: Any) -> None:
         """Tells every other process something, without waiting for it."""
-        if self.is_up:
+        if self.is_shared:
             message = self._message(kind, more)
             self._say(lambda shared: shared.publish(EVERYBODY, message))
 
@@ -296,10 +357,18 @@ class Sharing:
     def _message(self, kind: str, more: Message) -> bytes:
         return orjson.dumps({"kind": kind, "from": self.process, **more})
 
-    def _say(self, operation: Callable[[Shared], Awaitable[None]]) -> None:
+    def _say(
+        self,
+        operation: Callable[[Shared], Awaitable[None]],
+        alone: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Does something without waiting for it; `alone` when it cannot be done."""
+
         async def saying() -> None:
-            with contextlib.suppress(SharedUnavailable):
+            try:
                 await self._ask(operation)
+            except SharedUnavailable:
+                alone()
 
         self.spawn(saying(), SAYING)
 

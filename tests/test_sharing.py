@@ -56,7 +56,7 @@ async def begun(answer: Any, deltas: int = 2) -> tuple[str, int]:
 
 
 async def test_a_reader_elsewhere_sees_words_as_they_come_and_under_the_same_ids(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     one, two = await serve(slow(redis)), await serve(slow(redis))
     talk = await Talk.open(one)
@@ -76,7 +76,7 @@ async def test_a_reader_elsewhere_sees_words_as_they_come_and_under_the_same_ids
 
 
 async def test_a_stream_goes_on_at_another_server_where_it_broke_off(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     one, two = await serve(slow(redis)), await serve(slow(redis))
     talk = await Talk.open(one)
@@ -89,7 +89,7 @@ async def test_a_stream_goes_on_at_another_server_where_it_broke_off(
 
 
 async def test_the_same_request_and_the_sessions_stream_join_the_turn_elsewhere(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     one, two = await serve(slow(redis)), await serve(slow(redis))
     talk = await Talk.open(one)
@@ -113,7 +113,7 @@ async def test_the_same_request_and_the_sessions_stream_join_the_turn_elsewhere(
 
 
 async def test_a_turn_is_stopped_at_once_from_another_server(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     one, two = await serve(slow(redis, "a " * 400)), await serve(slow(redis))
     talk = await Talk.open(one)
@@ -127,7 +127,7 @@ async def test_a_turn_is_stopped_at_once_from_another_server(
 
 
 async def test_a_session_that_is_erased_elsewhere_is_forgotten_and_its_turn_ends(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     one, two = await serve(slow(redis, "a " * 400)), await serve(slow(redis))
     bot = await one.add_bot(allowed_origins=["*"])
@@ -146,7 +146,7 @@ async def test_a_session_that_is_erased_elsewhere_is_forgotten_and_its_turn_ends
 
 
 async def test_what_gets_lost_between_servers_is_sent_again(
-    serve: Serve, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+    redis: RedisServer, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("chatd.sharing.RETRY_SECONDS", 0.1)
     one, two = await serve(slow(redis, "a " * 20)), await serve(slow(redis))
@@ -164,7 +164,7 @@ async def test_what_gets_lost_between_servers_is_sent_again(
 
 
 async def test_a_reader_elsewhere_gets_the_rest_from_storage_when_redis_dies(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     one, two = await serve(slow(redis)), await serve(slow(redis))
     talk = await Talk.open(one)
@@ -184,7 +184,7 @@ async def test_a_reader_elsewhere_gets_the_rest_from_storage_when_redis_dies(
 
 
 async def test_four_servers_take_as_many_turns_as_one_would(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     config = SLOW_CONFIG.replace("one two three four five six seven eight ", "")
     limits = "limits: {turns_per_key: 40/minute}\n"
@@ -200,7 +200,7 @@ async def test_four_servers_take_as_many_turns_as_one_would(
 
 
 async def test_what_did_not_begin_is_given_back_everywhere(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     limits = "limits: {turns_per_key: 2/minute}\n"
     one, two = [await serve(slow(redis) + limits) for _ in range(2)]
@@ -210,12 +210,13 @@ async def test_what_did_not_begin_is_given_back_everywhere(
         await begun(here, 1)
         for _ in range(4):
             assert (await two.chat(bot, session, "hi")).json["code"] == "turn_in_progress"
+        await here.read()
     assert (await two.chat(bot, session, "hi")).status == 200
     assert (await one.chat(bot, session, "hi")).status == 429
 
 
 async def test_a_budget_is_overrun_by_no_more_than_one_turn_over_two_servers(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     async with priced(serve) as service:
         servers = [await service.serve(SHARED.replace("URL", redis.url)) for _ in range(2)]
@@ -228,7 +229,7 @@ async def test_a_budget_is_overrun_by_no_more_than_one_turn_over_two_servers(
 
 
 async def test_a_budget_holds_when_redis_forgets_what_was_spent(
-    serve: Serve, redis: RedisServer
+    redis: RedisServer, serve: Serve
 ) -> None:
     async with priced(serve) as service:
         served = await service.serve(SHARED.replace("URL", redis.url))
@@ -243,7 +244,7 @@ async def test_a_budget_holds_when_redis_forgets_what_was_spent(
 
 
 async def test_a_change_on_the_command_line_is_seen_at_once_however_long_chatbots_are_kept(
-    serve: Serve, redis: RedisServer, tmp_path: Path
+    redis: RedisServer, serve: Serve, tmp_path: Path
 ) -> None:
     served = await serve(slow(redis))
     talk = await Talk.open(served)
@@ -259,7 +260,7 @@ async def test_a_change_on_the_command_line_is_seen_at_once_however_long_chatbot
 
 
 async def test_a_command_does_its_work_without_redis_and_says_what_that_means(
-    serve: Serve, redis: RedisServer, tmp_path: Path
+    redis: RedisServer, serve: Serve, tmp_path: Path
 ) -> None:
     served = await serve(slow(redis))
     bot = await served.add_bot()
@@ -283,8 +284,8 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def test_chat_goes_on_without_redis_and_the_log_says_once_that_it_is_gone_and_back(
-    serve: Serve,
     redis: RedisServer,
+    serve: Serve,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -314,7 +315,7 @@ async def test_chat_goes_on_without_redis_and_the_log_says_once_that_it_is_gone_
     assert sharing.losses == 1
 
 
-async def test_chat_goes_on_while_redis_stands_still(serve: Serve, redis: RedisServer) -> None:
+async def test_chat_goes_on_while_redis_stands_still(redis: RedisServer, serve: Serve) -> None:
     limits = "limits: {turns_per_key: 3/minute}\n"
     one, two = [
         await serve(SLOW_CONFIG + SHARED.replace("URL", redis.url) + limits) for _ in range(2)
@@ -330,8 +331,8 @@ async def test_chat_goes_on_while_redis_stands_still(serve: Serve, redis: RedisS
 
 
 async def test_a_server_starts_without_redis_and_shares_once_it_is_there(
-    serve: Serve,
     redis: RedisServer,
+    serve: Serve,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -45,12 +45,13 @@ CONFIG_SCHEMA = {
             "pattern": "^((redis|valkey)s?|unix)://.+$",
             "x-error": "must be an address like redis://host:6379/0 or rediss://:password@host:6379",
         },
-        "cluster": {"type": "boolean"},
+        "cluster": {"type": "boolean", "default": False},
         "prefix": {
             "type": "string",
             "pattern": "^[A-Za-z0-9._-]{1,64}$",
             "x-error": "must be 1 to 64 of A-Z a-z 0-9 . _ -",
+            "default": "chatd",
         },
-        "connections": {"type": "integer", "minimum": 1, "maximum": 1000},
+        "connections": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 16},
     },
 }
