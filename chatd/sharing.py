@@ -94,6 +94,19 @@ class _Patience:
             self._scope.reschedule(now)
 
 
+async def _in_time(operation: Awaitable[T]) -> T:
+    """What comes of it in time. One that does not let itself be cancelled is left to itself.
+
+    Raises `TimeoutError`, and what it raises.
+    """
+    task = asyncio.ensure_future(operation)
+    try:
+        async with _Patience():
+            return await asyncio.shield(task)
+    finally:
+        task.cancel()
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What was taken of windows: `left` is what there was before, and nothing is taken at 0."""
@@ -187,8 +200,7 @@ class Sharing:
         if self._doubts is not None:
             await self._looked_at()
         try:
-            async with _Patience():
-                return await operation(self._shared)
+            return await _in_time(operation(self._shared))
         except Exception as error:
             self.fallbacks += 1
             self._doubt(error)

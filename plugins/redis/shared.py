@@ -26,7 +26,7 @@ import chatd
 from .scripts import ACCOUNT, TAKE, Script
 
 CONNECT_SECONDS = 1.0
-"""How long a connection may take to be made."""
+"""How long a connection may take to be made, and an answer to come that nobody waits for any more."""
 
 CHECK_SECONDS = 10
 """How long the key lives that shows that the server can be written to."""
@@ -59,6 +59,7 @@ class RedisShared:
         # A connection that the server closed meanwhile shows when it is used: then once more.
         options: dict[str, Any] = {
             "socket_connect_timeout": CONNECT_SECONDS,
+            "socket_timeout": CONNECT_SECONDS,
             "retry": Retry(NoBackoff(), 1),
         }
         try:
@@ -143,6 +144,8 @@ class RedisShared:
         """A client that does not connect again by itself, since messages would be missed unseen."""
         options: dict[str, Any] = {
             "socket_connect_timeout": CONNECT_SECONDS,
+            # It may be silent for hours.
+            "socket_timeout": None,
             "retry": Retry(NoBackoff(), 0),
         }
         if self._cluster:
