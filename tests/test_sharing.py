@@ -265,9 +265,12 @@ async def test_a_command_does_its_work_without_redis_and_says_what_that_means(
 ) -> None:
     served = await serve(slow(redis))
     bot = await served.add_bot()
+    loop = asyncio.get_running_loop()
+    check = ("check", "--online", "--config", str(tmp_path / "chatd.yaml"))
+    done = await loop.run_in_executor(None, lambda: chatd_command(*check, cwd=tmp_path))
+    assert "shared: answers" in done.stdout
     redis.kill()
     arguments = ("bots", "set", bot.id, "--name", "New", "--config", str(tmp_path / "chatd.yaml"))
-    loop = asyncio.get_running_loop()
     done = await loop.run_in_executor(None, lambda: chatd_command(*arguments, cwd=tmp_path))
     assert done.returncode == 0
     assert "running servers cannot be told" in done.stderr
