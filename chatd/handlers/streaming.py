@@ -102,7 +102,7 @@ class UIMessageStream:
         self._base = (reply.run - 1) * RUN_STRIDE
         after -= self._base
         self._after = after if 0 < after < RUN_STRIDE and _is_of(after, reply) else 0
-        # What another process said is known at its end, and only then whether the id is of it.
+        # What another process says may not be known yet, so neither whether the id is of it.
         self._is_unsure = reply.result is None and not reply.is_known
         self._go_on(self._after)
 
@@ -116,7 +116,7 @@ class UIMessageStream:
 
     def advance(self) -> bytes:
         reply, events = self._reply, []
-        if self._is_unsure and reply.result is not None:
+        if self._is_unsure and (reply.result is not None or reply.is_known):
             self._is_unsure = False
             if self._after and not _is_of(self._after, reply):
                 self._go_on(0)
