@@ -170,7 +170,7 @@ def test_a_worker_whose_parent_was_killed_before_it_served_ends_in_good_order(
     with server_process(tmp_path) as server:
         eventually((tmp_path / "opening").exists)
         [pid] = workers(server)
-        server.kill()
+        os.kill(server.process.pid, signal.SIGKILL)
         (tmp_path / "opening").unlink()
         eventually(lambda: is_gone(pid))
         assert "the parent process is gone" in server.stdout
