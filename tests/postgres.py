@@ -202,10 +202,10 @@ class PostgREST:
                 time.sleep(0.05)
         raise AssertionError(f"PostgREST is not ready: {self.log.read_text()[-2000:]}")
 
-    def stop(self) -> None:
-        """Ends the server."""
+    def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Ends the server by a signal."""
         if self._process is not None:
-            self._process.kill()
+            self._process.send_signal(number)
             self._process.wait(10)
             self._process = None
 
