@@ -43,7 +43,7 @@ def held(subject: Subject, turns: int) -> Held:
     """What it holds now, when what just ended is put away."""
     time.sleep(REST_SECONDS)
     pids = subject.pids()
-    files = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+    files = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
     return Held(turns, resident(pids), files)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from tests.postgres import Supabase, children, free_port
 from tests.support import ServerProcess
 
+HAPROXY = Path("/usr/sbin/haproxy")
 PROVIDER = '''
 """A model whose every answer differs, word by word: what two runs of a turn say can be told apart."""
 import asyncio
@@ -87,8 +87,7 @@ class Proxy:
     """HAProxy before servers on these ports, configured like Heroku's router."""
 
     def __init__(self, folder: Path, ports: list[int]) -> None:
-        found = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
-        assert found, "HAProxy is missing: apt-get install haproxy"
+        assert HAPROXY.exists(), "HAProxy is missing: apt-get install haproxy"
         folder.mkdir()
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -97,7 +96,7 @@ class Proxy:
         config.write_text(PROXY % {"port": port, "servers": servers})
         with (folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                [found, "-db", "-f", str(config)], stdout=log, stderr=subprocess.STDOUT
+                [HAPROXY, "-db", "-f", str(config)], stdout=log, stderr=subprocess.STDOUT
             )
 
     def close(self) -> None:

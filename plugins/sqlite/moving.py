@@ -37,8 +37,11 @@ _EXPORTED = (
 
 def export_session(db: apsw.Connection, session_id: str, place: int) -> chatd.SessionPart | None:
     """As `chatd.Storage.export_session`."""
-    with db:  # a turn that ends meanwhile is seen whole or not at all
+    db.execute("BEGIN")  # so that a turn that ends meanwhile is seen whole or not at all
+    try:
         return _export_session(db, session_id, place)
+    finally:
+        db.execute("COMMIT")
 
 
 def _export_session(db: apsw.Connection, session_id: str, place: int) -> chatd.SessionPart | None:
