@@ -24,7 +24,7 @@ ROUNDS = int(os.environ.get("CHATD_CLUSTER_ROUNDS", "0"))
 """How often everything is killed in turn; by hand, since a round takes two minutes. 0 is a short form."""
 
 SESSIONS = 500 if ROUNDS else 60
-REST = 24.0 if ROUNDS else 1.0
+REST = 24.0 if ROUNDS else 2.0
 """Seconds that a client rests between two turns, at most."""
 
 BETWEEN = 3.0 if ROUNDS else 0.5
