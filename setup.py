@@ -8,10 +8,12 @@ from setuptools.command.build_py import build_py
 BUNDLED_PLUGINS = [
     "anthropic",
     "echo",
+    "memory",
     "openai_compatible",
     "openrouter",
     "postgres",
     "record",
+    "redis",
     "replay",
     "sqlite",
     "supabase",
@@ -41,7 +43,7 @@ setup(
     cmdclass={"build_py": BuildPy},
     packages=[
         *find_packages(include=["chatd", "chatd.*"]),
-        *("chatd_plugins", "chatd_plugins.sqlite", "chatd_config"),
+        *("chatd_plugins", "chatd_plugins.redis", "chatd_plugins.sqlite", "chatd_config"),
     ],
     # The folders keep the short names of the project's layout; what is installed is prefixed,
     # so that site-packages never gets a top-level "plugins" or "config".
@@ -69,6 +71,7 @@ setup(
     ],
     extras_require={
         "postgres": ["asyncpg>=0.30,<1"],
+        "redis": ["redis>=8,<9"],
         "uvloop": ["uvloop>=0.21,<1; sys_platform != 'win32'"],
     },
     entry_points={

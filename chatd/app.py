@@ -24,11 +24,14 @@ from chatd.errors import PluginError
 from chatd.handlers import bot, chat, docs, health, openai, sessions, turns, widget
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
-from chatd.limits import Counters, Limits, WindowCounters
+from chatd.limits import Limits
+from chatd.memory import MemoryShared
 from chatd.offers import Offer
 from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
 from chatd.routing import Router, Rule, Target
+from chatd.shared import Shared
+from chatd.sharing import Sharing
 from chatd.storage import Storage
 from chatd.turns import Turns
 
@@ -83,6 +86,7 @@ def offers(registry: Registry) -> Offers:
         "storage": {o.name: o.schema for o in registry.storages.values()},
         "provider": {o.name: o.schema for o in registry.providers.values()},
         "interceptor": {o.name: o.schema for o in registry.interceptors.values()},
+        "shared": {o.name: o.schema for o in registry.shared.values()},
     }
 
 
@@ -121,6 +125,24 @@ async def open_storage(config: Config, registry: Registry) -> Storage:
 async def open_used_storage(use: Use, registry: Registry) -> Storage:
     """A storage by its name and settings. The caller closes it. Raises `PluginError`."""
     return await _opened("storage", registry.storages[use.name], use.settings)
+
+
+async def open_shared(config: Config, registry: Registry) -> Shared | None:
+    """What processes share; None when the configuration names nothing. Raises `PluginError`."""
+    if config.shared is None:
+        return None
+    return await _opened("shared", registry.shared[config.shared.name], config.shared.settings)
+
+
+async def open_sharing(config: Config, registry: Registry, stack: AsyncExitStack) -> Sharing:
+    """The same with what holds without it; `stack` closes it. Its caller opens it."""
+    shared = await open_shared(config, registry)
+    if shared is not None:
+        stack.push_async_callback(_closed, "shared", shared.close)
+    # One that is this process's own is what `Sharing` has itself, at less cost.
+    sharing = Sharing(None if isinstance(shared, MemoryShared) else shared)
+    stack.push_async_callback(sharing.close)
+    return sharing
 
 
 async def open_providers(
@@ -189,7 +211,8 @@ class Runtime:
     application: Application
     services: Services
     answerers: Answerers
-    counters: Counters
+    unlisten: tuple[Callable[[], None], ...]
+    """What ends listening to other processes, for one that another is in place of."""
 
     @property
     def router(self) -> Router:
@@ -215,27 +238,34 @@ async def open_runtime(
     config: Config,
     registry: Registry,
     stack: AsyncExitStack,
-    counters: Counters | None = None,
+    sharing: Sharing | None = None,
 ) -> Runtime:
     """Opens everything; `stack` closes it in the right order. Raises `PluginError`.
 
-    :param counters: what limits are counted with, when they were before.
+    :param sharing: what is shared with other processes, when that is open already.
     """
     storage = await open_storage(config, registry)
     stack.push_async_callback(_closed, "storage", storage.close)
     answerers = await open_answerers(config, registry)
     stack.push_async_callback(answerers.close)
+    if sharing is None:
+        sharing = await open_sharing(config, registry, stack)
+    budgets = Budgets(storage, config.limits, sharing)
     running = Turns(
         storage,
         answerers.router,
         answerers.interceptors,
         lease_seconds=config.server.lease_seconds,
-        budgets=Budgets(storage, config.limits),
+        budgets=budgets,
+        sharing=sharing,
     )
     stack.push_async_callback(running.close)
     await running.open()
-    counters = counters or WindowCounters()
-    return _put_together(config, registry, storage, running, answerers, counters)
+    runtime = _put_together(config, registry, storage, running, answerers, sharing)
+    await sharing.open()
+    if sharing.is_shared:
+        sharing.spawn(budgets.keep())
+    return runtime
 
 
 async def open_again(config: Config, registry: Registry, runtime: Runtime) -> Runtime:
@@ -248,7 +278,7 @@ async def open_again(config: Config, registry: Registry, runtime: Runtime) -> Ru
     answerers = await open_answerers(config, registry)
     try:
         made = _put_together(
-            config, registry, services.storage, services.turns, answerers, runtime.counters
+            config, registry, services.storage, services.turns, answerers, services.sharing
         )
     except PluginError:
         await answerers.close()
@@ -265,7 +295,7 @@ def _put_together(
     storage: Storage,
     running: Turns,
     answerers: Answerers,
-    counters: Counters,
+    sharing: Sharing,
 ) -> Runtime:
     """What is open, as an application. Raises `PluginError`."""
     access = Access(
@@ -274,10 +304,15 @@ def _put_together(
         public_url=config.server.public_url,
         cache_seconds=config.server.chatbot_cache_seconds,
     )
-    limits = Limits(config.limits, counters, trusted_proxies=config.server.trusted_proxies)
-    services = Services(config.server, storage, access, limits, running)
+    unlisten = (
+        sharing.on("changed", lambda message: access.forget_chatbot(message["chatbot"])),
+        sharing.on("erased", lambda message: access.forget_session(message["session"])),
+        sharing.on_missed(access.forget_chatbots),
+    )
+    limits = Limits(config.limits, sharing, trusted_proxies=config.server.trusted_proxies)
+    services = Services(config.server, storage, access, limits, running, sharing)
     application = build_application(services, registry.routes)
-    return Runtime(application, services, answerers, counters)
+    return Runtime(application, services, answerers, unlisten)
 
 
 async def first_chatbot(config: Config, storage: Storage) -> tuple[Chatbot, str] | None:

@@ -41,6 +41,7 @@ from chatd.handlers.problems import (
     retry_after,
 )
 from chatd.limits import Admission, Kind, Limits
+from chatd.sharing import Sharing
 from chatd.storage import Storage
 from chatd.turns import Turns
 from chatd.validation import parse_json, schema
@@ -128,6 +129,7 @@ class Services:
     access: Access
     limits: Limits
     turns: Turns
+    sharing: Sharing
 
 
 @stream_request_body
