@@ -114,7 +114,14 @@ TARGETS = (
 )  # fmt: skip
 
 
+HELD = (
+    Target("turns/s on sqlite, to the limit: CI holds", "sqlite", "rate", at_least=0.38, over="limit", unit="x", short=True),
+    Target("CPU per turn on sqlite, to the limit: CI holds", "sqlite", "cpu", at_most=2.6, over="limit", unit="x", short=True),
+)  # fmt: skip
+"""What is reached, short of the targets: it may not get worse. Raise it with each gain."""
+
+
 def verdicts(samples: Samples, *, short: bool) -> list[Verdict]:
-    """How a run stands to the targets that it measured; `short` leaves out what only shows there."""
-    chosen = [target for target in TARGETS if target.short or not short]
+    """How a run stands to the targets that it measured; the short form to what is held as well."""
+    chosen = [*(target for target in TARGETS if target.short), *HELD] if short else TARGETS
     return [verdict for target in chosen if (verdict := target.judge(samples))]
