@@ -62,6 +62,7 @@ setup(
         "orjson>=3.10,<4",
         "pluggy>=1.6,<2",
         "postgrest>=2.20,<3",
+        "prometheus_client>=0.22,<1",
         "PyJWT>=2.12,<3",
         "python-dotenv>=1.1,<2",
         "PyYAML>=6.0.2,<7",

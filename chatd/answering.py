@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
@@ -48,7 +49,7 @@ MAX_RETRY_AFTER = 60.0
 class RunningTurn:
     """A turn that runs.
 
-    `ending` is how it is to end, when it was told to end before its answer does.
+    `since` is when it was accepted, on `time.monotonic`. `ending` is how it is to end, when it was told to end before its answer does.
     """
 
     chatbot: Chatbot
@@ -66,6 +67,7 @@ class RunningTurn:
     is_late: bool = False
     began: bool = False
     reserved: Reservation | None = None
+    since: float = field(default_factory=time.monotonic)
     _half: str = ""
     _thought_bytes: int = 0
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,25 +17,30 @@ from tornado.web import Application, RequestHandler
 import chatd
 from chatd import logs, openapi
 from chatd.access import Access
+from chatd.breaker import BreakerState
 from chatd.budgets import Budgets
 from chatd.config import Ask, Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
-from chatd.handlers import bot, chat, docs, health, openai, sessions, turns, widget
+from chatd.handlers import bot, chat, docs, health, metrics, openai, sessions, turns, widget
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
 from chatd.limits import Counters, Limits, WindowCounters
+from chatd.metrics import Metrics, Sample
 from chatd.offers import Offer
 from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
 from chatd.routing import Router, Rule, Target
 from chatd.storage import Storage
+from chatd.timed_storage import timed
 from chatd.turns import Turns
 
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10.0
 """How long a plugin may take to close."""
+
+_STATES = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
 OPEN_SECONDS = 30.0
 """How long a plugin may take to open before the start is given up."""
@@ -216,12 +221,15 @@ async def open_runtime(
     registry: Registry,
     stack: AsyncExitStack,
     counters: Counters | None = None,
+    numbers: Metrics | None = None,
 ) -> Runtime:
     """Opens everything; `stack` closes it in the right order. Raises `PluginError`.
 
     :param counters: what limits are counted with, when they were before.
+    :param numbers: what this process counts for Prometheus, when it does already.
     """
-    storage = await open_storage(config, registry)
+    numbers = numbers or Metrics()
+    storage = timed(await open_storage(config, registry), numbers)
     stack.push_async_callback(_closed, "storage", storage.close)
     answerers = await open_answerers(config, registry)
     stack.push_async_callback(answerers.close)
@@ -231,6 +239,7 @@ async def open_runtime(
         answerers.interceptors,
         lease_seconds=config.server.lease_seconds,
         budgets=Budgets(storage, config.limits),
+        metrics=numbers,
     )
     stack.push_async_callback(running.close)
     await running.open()
@@ -275,9 +284,20 @@ def _put_together(
         cache_seconds=config.server.chatbot_cache_seconds,
     )
     limits = Limits(config.limits, counters, trusted_proxies=config.server.trusted_proxies)
-    services = Services(config.server, storage, access, limits, running)
+    running.metrics.sources["runtime"] = partial(_gauges, running, answerers.router)
+    services = Services(config.server, storage, access, limits, running, running.metrics)
     application = build_application(services, registry.routes)
     return Runtime(application, services, answerers, counters)
+
+
+def _gauges(running: Turns, router: Router) -> Iterator[Sample]:
+    """What there is of things that come and go."""
+    yield "chatd_info", (chatd.__version__,), 1
+    yield "chatd_running_turns", (), running.count
+    yield "chatd_unstored_turns", (), running.unstored
+    yield "chatd_stuck_turns", (), len(running.stuck)
+    for pair, state in router.states().items():
+        yield "chatd_breaker_state", pair, _STATES[state]
 
 
 async def first_chatbot(config: Config, storage: Storage) -> tuple[Chatbot, str] | None:
@@ -309,7 +329,7 @@ def routes() -> list[Route]:
         *health.ROUTES,
         docs.openapi_route(document),
     ]
-    return [*described, *docs.ROUTES, *widget.ROUTES]
+    return [*described, *docs.ROUTES, *widget.ROUTES, *metrics.ROUTES]
 
 
 def build_application(
@@ -357,6 +377,9 @@ def _log_request(handler: RequestHandler) -> None:
     }
     if isinstance(handler, ApiHandler):
         fields["route"] = handler.route.path if handler.route else "-"
+        handler.services.metrics.request(
+            fields["route"], handler.request.method or "", fields["status"], fields["ms"] / 1000
+        )
         fields["request_id"] = handler.request_id
         if handler.error_code:
             fields["code"] = handler.error_code

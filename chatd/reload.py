@@ -13,6 +13,7 @@ from chatd import logs
 from chatd.app import Runtime, open_again, open_runtime
 from chatd.config import Config
 from chatd.errors import ChatdError
+from chatd.metrics import Metrics
 from chatd.registry import Registry
 from chatd.turns import Turns
 
@@ -49,8 +50,9 @@ def read_again(load: Load, config: Config) -> tuple[Config, Registry] | None:
 class Generations:
     """What is open for the configuration in force, and for those before it whose turns still run."""
 
-    def __init__(self, config: Config, registry: Registry) -> None:
+    def __init__(self, config: Config, registry: Registry, metrics: Metrics | None = None) -> None:
         self.config = config
+        self._metrics = metrics or Metrics()
         self.registry = registry
         self._stack = AsyncExitStack()
         self._own = AsyncExitStack()
@@ -73,7 +75,9 @@ class Generations:
         await self._stack.__aenter__()
         try:
             self._own = await self._stack.enter_async_context(AsyncExitStack())
-            self._runtime = await open_runtime(self.config, self.registry, self._own)
+            self._runtime = await open_runtime(
+                self.config, self.registry, self._own, numbers=self._metrics
+            )
         except BaseException:
             await self._stack.aclose()
             raise
@@ -112,7 +116,9 @@ class Generations:
             self._retire(self._close_answerers(before))
         else:
             async with AsyncExitStack() as opening:
-                self._runtime = await open_runtime(config, registry, opening, before.counters)
+                self._runtime = await open_runtime(
+                    config, registry, opening, before.counters, self._metrics
+                )
                 self._own = await self._stack.enter_async_context(opening.pop_all())
             self._retire(self._close_all(before, own))
         self.config, self.registry = config, registry

@@ -7,15 +7,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"domain", "errors", "sse", "logs", "watchdog", "loop_watch", "tuning"},
+    {"domain", "errors", "sse", "logs", "watchdog", "loop_watch", "tuning", "metrics"},
     {"validation", "schemas", "http_errors", "origins", "env_file"},
     {"storage", "provider", "breaker", "prices", "identity"},
-    {"interceptor", "reply", "racing", "http_provider"},
+    {"interceptor", "reply", "racing", "http_provider", "timed_storage"},
     {"offers"},
     {"hookspecs"},
     {"config", "registry"},
     {"routing", "limits", "budgets", "access", "copying", "exporting", "retention"},
     {"answering", "bookkeeping", "settling", "estimates"},
+    {"observing"},
     {"turns"},
     {"handlers"},
     {"openapi"},
@@ -38,6 +39,7 @@ DOMAIN = {
     "breaker",
     "routing",
     "answering",
+    "observing",
     "bookkeeping",
     "reply",
     "turns",

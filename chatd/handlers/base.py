@@ -41,6 +41,7 @@ from chatd.handlers.problems import (
     retry_after,
 )
 from chatd.limits import Admission, Kind, Limits
+from chatd.metrics import Metrics
 from chatd.storage import Storage
 from chatd.turns import Turns
 from chatd.validation import parse_json, schema
@@ -128,6 +129,7 @@ class Services:
     access: Access
     limits: Limits
     turns: Turns
+    metrics: Metrics
 
 
 @stream_request_body
@@ -295,6 +297,8 @@ class ApiHandler(RequestHandler):
         async with self.services.limits.ask(kind, self.chatbot, own) as admission:
             self._quota = _quota_headers(admission)
             self._common_headers()
+            if (refusing := admission.refusing) is not None:
+                self.services.metrics.refusals.add(refusing.name)
             admission.require()
             try:
                 yield
@@ -357,6 +361,7 @@ class ApiHandler(RequestHandler):
         problem = problem_of(error)
         self.error_code = error.code
         if isinstance(error, BudgetExhausted):
+            self.services.metrics.refusals.add("daily_budget")
             self._quota = _budget_headers(error, self._quota)
         self.set_status(problem.status)
         self._common_headers()
