@@ -40,7 +40,8 @@ _OPERATIONS = [
 def _timed(
     name: str, method: Callable[..., Awaitable[Any]], metrics: Metrics
 ) -> Callable[..., Awaitable[Any]]:
-    histogram, errors, labels = metrics.storage, metrics.storage_errors.values, (name,)
+    labels, errors = (name,), metrics.storage_errors.values
+    observe = metrics.storage[labels].observe
 
     async def call(*given: Any, **named: Any) -> Any:
         began = monotonic()
@@ -56,6 +57,6 @@ def _timed(
             errors[labels] += 1
             raise
         finally:
-            histogram[labels].observe(monotonic() - began)
+            observe(monotonic() - began)
 
     return call

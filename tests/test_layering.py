@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"domain", "errors", "sse", "logs", "watchdog", "loop_watch", "tuning", "metrics"},
-    {"validation", "schemas", "http_errors", "origins", "env_file"},
+    {"domain", "errors", "sse", "logs", "watchdog", "loop_watch", "tuning"},
+    {"validation", "schemas", "http_errors", "origins", "env_file", "metrics"},
     {"storage", "provider", "breaker", "prices", "identity"},
     {"interceptor", "reply", "racing", "http_provider", "timed_storage"},
     {"offers"},

@@ -321,7 +321,8 @@ def test_a_dead_worker_has_no_gauges_and_keeps_its_counts(tmp_path: Path) -> Non
     living, dead = Metrics(), Metrics()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    dead.turns.add("completed", "main", "m", amount=3)
+    for _ in range(3):
+        dead.asked("main", "m").ended("completed")
     dead.sources["x"] = lambda: [("chatd_running_turns", (), 7)]
     Place(tmp_path, 2, dead).write()
     written = json.loads((tmp_path / "2.json").read_text())
@@ -334,14 +335,15 @@ def test_a_dead_worker_has_no_gauges_and_keeps_its_counts(tmp_path: Path) -> Non
     # Who takes its place goes on from there.
     again = Metrics()
     Place(tmp_path, 2, again)
-    assert again.turns.values["completed", "main", "m"] == 3
+    again.asked("main", "m").ended("completed")
+    assert Numbers(render(again.gather(), "")[1].decode()).of("chatd_turns_total") == 4
 
 
 async def test_a_folder_that_cannot_be_written_to_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics()
-    metrics.turns.add("completed", "main", "m")
+    metrics.asked("main", "m").ended("completed")
     place = Place(tmp_path / "gone", 1, metrics)
     for _ in range(3):
         assert Numbers(render(place.snapshots(), "")[1].decode()).of("chatd_turns_total") == 1
@@ -372,7 +374,7 @@ def test_a_reload_keeps_what_was_counted(tmp_path: Path) -> None:
 
 def test_models_beyond_the_first_two_hundred_share_a_label() -> None:
     metrics = Metrics()
-    pairs = {metrics.pair("main", f"model-{i}") for i in range(MAX_PAIRS + 100)}
+    pairs = {metrics.asked("main", f"model-{i}").labels for i in range(MAX_PAIRS + 100)}
     assert len(pairs) == MAX_PAIRS + 1
     assert ("main", OTHER) in pairs
-    assert metrics.pair("main", "model-0") == ("main", "model-0")
+    assert metrics.asked("main", "model-0").labels == ("main", "model-0")

@@ -4,8 +4,9 @@ Numbers are kept as plain Python ones, since they are written at every turn and 
 Prometheus reads is made of them when it asks.
 """
 
+from chatd.metrics.asked import Asked
 from chatd.metrics.families import NONE, Metrics
 from chatd.metrics.values import Labels, Sample
 from chatd.metrics.workers import Place
 
-__all__ = ["NONE", "Labels", "Metrics", "Place", "Sample"]
+__all__ = ["NONE", "Asked", "Labels", "Metrics", "Place", "Sample"]

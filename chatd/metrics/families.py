@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from chatd.metrics.asked import Asked
 from chatd.metrics.process import ProcessGauges
 from chatd.metrics.values import Counter, Family, Gauges, Histogram, Labels, Sample
 
@@ -88,50 +89,40 @@ class Metrics:
     """What a process counts and times. One for each process, whatever else is opened anew."""
 
     def __init__(self) -> None:
-        made = {family.name: family for family in FAMILIES}
-
-        def counter(name: str) -> Counter:
-            return self._counters.setdefault(name, Counter(made[name]))
-
-        def histogram(name: str) -> Histogram:
-            return self._histograms.setdefault(name, Histogram(made[name]))
-
-        self._counters: dict[str, Counter] = {}
-        self._histograms: dict[str, Histogram] = {}
-        self._pairs: set[tuple[str, str]] = set()
+        counters = self._counters = {f.name: Counter(f) for f in FAMILIES if f.kind == "counter"}
+        histograms = {f.name: Histogram(f) for f in FAMILIES if f.kind == "histogram"}
+        self._histograms = histograms
+        self._asked: dict[tuple[str, str], Asked] = {}
         self.gather: Callable[[], list[dict[str, Any]]] = self._alone
         """Snapshots of all processes that serve together, with their numbers."""
         self.sources: dict[str, Gauges] = {"process": ProcessGauges()}
         """Who tells gauges, by a name under which another may take its place."""
-        self.turns = counter("chatd_turns_total")
-        self.turn_errors = counter("chatd_turn_errors_total")
-        self.turn_seconds = histogram("chatd_turn_seconds")
-        self.first_token = histogram("chatd_first_token_seconds")
-        self.overhead = histogram("chatd_turn_overhead_seconds")[()]
-        self.tokens = counter("chatd_tokens_total")
-        self.cost = counter("chatd_cost_usd_total")
-        self.unknown_cost = counter("chatd_unknown_cost_total")
-        self.attempts = counter("chatd_attempts_total")
-        self.storage = histogram("chatd_storage_seconds")
-        self.storage_errors = counter("chatd_storage_errors_total")
-        self.refusals = counter("chatd_limit_refusals_total")
-        self.requests = counter("chatd_http_requests_total")
-        self.request_seconds = histogram("chatd_http_request_seconds")
-        self.lag = histogram("chatd_event_loop_lag_seconds")[()]
+        self.turn_errors = counters["chatd_turn_errors_total"]
+        self.turn_seconds = histograms["chatd_turn_seconds"]
+        self.first_token = histograms["chatd_first_token_seconds"]
+        self.overhead = histograms["chatd_turn_overhead_seconds"][()]
+        self.storage = histograms["chatd_storage_seconds"]
+        self.storage_errors = counters["chatd_storage_errors_total"]
+        self.refusals = counters["chatd_limit_refusals_total"]
+        self.requests = counters["chatd_http_requests_total"]
+        self.request_seconds = histograms["chatd_http_request_seconds"]
+        self.lag = histograms["chatd_event_loop_lag_seconds"][()]
         self.open_streams = 0
 
-    def pair(self, provider: str, model: str) -> tuple[str, str]:
-        """A provider and a model as labels; the model is `OTHER` once there are too many.
+    def asked(self, provider: str, model: str) -> Asked:
+        """The numbers of a provider with a model; the model is `OTHER` once there are too many.
 
         Both are an operator's words. What a provider calls a model is never a label.
         """
         pair = (provider, model)
-        if pair in self._pairs:
-            return pair
-        if len(self._pairs) >= MAX_PAIRS:
-            return (provider, OTHER)
-        self._pairs.add(pair)
-        return pair
+        if (asked := self._asked.get(pair)) is not None:
+            return asked
+        if len(self._asked) >= MAX_PAIRS:
+            pair = (provider, OTHER)
+        if pair not in self._asked:
+            buckets = self.turn_seconds[pair], self.first_token[pair]
+            self._asked[pair] = Asked(pair, *buckets)
+        return self._asked[pair]
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
         """Counts a request that was answered."""
@@ -141,6 +132,10 @@ class Metrics:
 
     def snapshot(self) -> dict[str, Any]:
         """All numbers as they are now, as JSON can hold them."""
+        for asked in self._asked.values():
+            for name, labels, count in asked.taken():
+                if count:
+                    self._counters[name].values[labels] += count
         return {
             "counters": {name: counter.rows() for name, counter in self._counters.items()},
             "histograms": {name: buckets.rows() for name, buckets in self._histograms.items()},
@@ -164,4 +159,4 @@ class Metrics:
                 yield name, self._bounded(labels) if len(labels) == len(_ASKED) else labels, value
 
     def _bounded(self, labels: Labels) -> Labels:
-        return self.pair(labels[0], labels[1])
+        return self.asked(labels[0], labels[1]).labels

@@ -69,7 +69,7 @@ class Buckets:
 
     def load(self, counts: Sequence[int], total: float) -> None:
         """Adds what was counted elsewhere with the same bounds."""
-        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.counts[:] = [a + b for a, b in zip(self.counts, counts, strict=True)]
         self.total += total
 
 
@@ -86,7 +86,11 @@ class Histogram(dict[Labels, Buckets]):
 
     def rows(self) -> list[Any]:
         """All of it as JSON can hold it."""
-        return [[labels, buckets.counts, buckets.total] for labels, buckets in self.items()]
+        return [
+            [labels, buckets.counts, buckets.total]
+            for labels, buckets in self.items()
+            if any(buckets.counts)
+        ]
 
     def load(self, rows: Iterable[Any]) -> None:
         """Adds what `rows` gave before."""
