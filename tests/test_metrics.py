@@ -372,7 +372,7 @@ def test_a_reload_keeps_what_was_counted(tmp_path: Path) -> None:
 # Labels
 
 
-def test_models_beyond_the_first_two_hundred_share_a_label() -> None:
+def test_models_beyond_the_first_hundred_share_a_label() -> None:
     metrics = Metrics()
     pairs = {metrics.asked("main", f"model-{i}").labels for i in range(MAX_PAIRS + 100)}
     assert len(pairs) == MAX_PAIRS + 1

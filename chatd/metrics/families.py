@@ -9,9 +9,9 @@ from chatd.metrics.asked import Asked
 from chatd.metrics.process import ProcessGauges
 from chatd.metrics.values import Counter, Family, Gauges, Histogram, Labels, Sample
 
-MAX_PAIRS = 200
+MAX_PAIRS = 100
 """Models, each with its provider, that have numbers of their own; those after them are `OTHER`.
-Prometheus keeps some sixty series for each of them."""
+Prometheus keeps some fifty series for each of them."""
 
 OTHER = "other"
 """What stands for everything that has no label of its own."""

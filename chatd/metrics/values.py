@@ -87,7 +87,7 @@ class Histogram(dict[Labels, Buckets]):
     def rows(self) -> list[Any]:
         """All of it as JSON can hold it."""
         return [
-            [labels, buckets.counts, buckets.total]
+            [labels, list(buckets.counts), buckets.total]
             for labels, buckets in self.items()
             if any(buckets.counts)
         ]
