@@ -70,6 +70,10 @@ setup(
     ],
     extras_require={
         "postgres": ["asyncpg>=0.30,<1"],
+        "otel": [
+            "opentelemetry-exporter-otlp-proto-http>=1.30,<2",
+            "opentelemetry-sdk>=1.30,<2",
+        ],
         "uvloop": ["uvloop>=0.21,<1; sys_platform != 'win32'"],
     },
     entry_points={

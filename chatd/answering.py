@@ -49,7 +49,8 @@ MAX_RETRY_AFTER = 60.0
 class RunningTurn:
     """A turn that runs.
 
-    `since` is when it was accepted, on `time.monotonic`. `ending` is how it is to end, when it was told to end before its answer does.
+    `since` is when it was accepted, on `time.monotonic`; `span` is there while turns are traced.
+    `ending` is how it is to end, when it was told to end before its answer does.
     """
 
     chatbot: Chatbot
@@ -68,6 +69,7 @@ class RunningTurn:
     began: bool = False
     reserved: Reservation | None = None
     since: float = field(default_factory=time.monotonic)
+    span: Any = None
     _half: str = ""
     _thought_bytes: int = 0
 

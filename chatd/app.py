@@ -32,7 +32,8 @@ from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
 from chatd.routing import Router, Rule, Target
 from chatd.storage import Storage
-from chatd.timed_storage import timed
+from chatd.timed_storage import timed, traced
+from chatd.tracing import Tracing
 from chatd.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -229,7 +230,13 @@ async def open_runtime(
     :param numbers: what this process counts for Prometheus, when it does already.
     """
     numbers = numbers or Metrics()
+    tracing = None
+    if config.server.tracing != "none":
+        tracing = Tracing(chatd.__version__)
+        stack.push_async_callback(asyncio.to_thread, tracing.close)
     storage = timed(await open_storage(config, registry), numbers)
+    if tracing is not None:
+        storage = traced(storage, tracing)
     stack.push_async_callback(_closed, "storage", storage.close)
     answerers = await open_answerers(config, registry)
     stack.push_async_callback(answerers.close)
@@ -240,11 +247,12 @@ async def open_runtime(
         lease_seconds=config.server.lease_seconds,
         budgets=Budgets(storage, config.limits),
         metrics=numbers,
+        tracing=tracing,
     )
     stack.push_async_callback(running.close)
     await running.open()
     counters = counters or WindowCounters()
-    return _put_together(config, registry, storage, running, answerers, counters)
+    return _put_together(config, registry, storage, running, answerers, counters, tracing)
 
 
 async def open_again(config: Config, registry: Registry, runtime: Runtime) -> Runtime:
@@ -257,7 +265,13 @@ async def open_again(config: Config, registry: Registry, runtime: Runtime) -> Ru
     answerers = await open_answerers(config, registry)
     try:
         made = _put_together(
-            config, registry, services.storage, services.turns, answerers, runtime.counters
+            config,
+            registry,
+            services.storage,
+            services.turns,
+            answerers,
+            runtime.counters,
+            services.tracing,
         )
     except PluginError:
         await answerers.close()
@@ -275,6 +289,7 @@ def _put_together(
     running: Turns,
     answerers: Answerers,
     counters: Counters,
+    tracing: Tracing | None,
 ) -> Runtime:
     """What is open, as an application. Raises `PluginError`."""
     access = Access(
@@ -285,7 +300,7 @@ def _put_together(
     )
     limits = Limits(config.limits, counters, trusted_proxies=config.server.trusted_proxies)
     running.metrics.sources["runtime"] = partial(_gauges, running, answerers.router)
-    services = Services(config.server, storage, access, limits, running, running.metrics)
+    services = Services(config.server, storage, access, limits, running, running.metrics, tracing)
     application = build_application(services, registry.routes)
     return Runtime(application, services, answerers, counters)
 
@@ -377,6 +392,7 @@ def _log_request(handler: RequestHandler) -> None:
     }
     if isinstance(handler, ApiHandler):
         fields["route"] = handler.route.path if handler.route else "-"
+        handler.end_span()
         handler.services.metrics.request(
             fields["route"], handler.request.method or "", fields["status"], fields["ms"] / 1000
         )

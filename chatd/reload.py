@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 GRACE_SECONDS = 10.0
 """How long requests that came before may use the storage that another is in place of."""
 
-FIXED = ("host", "port", "workers")
+FIXED = ("host", "port", "workers", "tracing")
 """Settings of `server` that a process cannot change while it runs."""
 
 Load = Callable[[], tuple[Config, Registry]]

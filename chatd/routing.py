@@ -133,6 +133,8 @@ class Attempt:
     """When its first visible token came, on the clock of `began`."""
     ended: float | None = None
     """When it was over, on the same clock."""
+    span: Any = field(default=None, repr=False)
+    """Its span, while turns are traced."""
     is_counted: bool = False
     """Whether its usage is in the metrics."""
     generated: bool = False
@@ -203,6 +205,8 @@ class Trail:
     """Whether history was left out because the model found it too long."""
     answering: Attempt | None = None
     """Who answers, or was asked last."""
+    on_attempt: Callable[[Attempt], None] | None = None
+    """Called with each attempt before its provider is asked, in the task that asks."""
 
     def give_up(self) -> None:
         """Counts what does not end as failed: no breaker waits for it."""
@@ -249,6 +253,8 @@ class _Course:
     def add(self, attempt: Attempt) -> None:
         """Takes an attempt that begins."""
         self._trail.attempts.append(attempt)
+        if self._trail.on_attempt is not None:
+            self._trail.on_attempt(attempt)
         course: _Course | None = self
         while course is not None:
             course.attempts.append(attempt)

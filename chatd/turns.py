@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -32,6 +33,8 @@ from chatd.reply import Reply, TurnResult, shown_reason
 from chatd.routing import Router, Trail
 from chatd.settling import settle, unsettled
 from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Renewed, Storage, TurnRecord
+from chatd.tracing import Tracing
+from chatd.turn_spans import begin_turn_span, end_turn_span
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +98,14 @@ class Turns:
         lease_seconds: float = 30,
         budgets: Budgets | None = None,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._storage = storage
         self._books = Books(storage, lease_seconds)
         self._router = router
         self._interceptors = tuple(interceptors)
         self._budgets = budgets
+        self._tracing = tracing
         self.metrics = metrics or Metrics()
         """What is counted of turns, and whatever else this process counts."""
         self._estimates = Estimates()
@@ -240,7 +245,8 @@ class Turns:
             since=since,
         )
         self._running[turn.id] = turn
-        turn.task = self._books.spawn(self._run(turn, request, deadline))
+        with self._traced(turn):
+            turn.task = self._books.spawn(self._run(turn, request, deadline))
         return turn
 
     def require(self, chatbot: Chatbot, extras: Extras) -> None:
@@ -511,8 +517,17 @@ class Turns:
             )
         self._learn(turn, usage)
         count_turn(self.metrics, turn, status, error)
+        if self._tracing is not None:
+            end_turn_span(self._tracing, turn, status, error)
         if unsettled(trail) and not self._closing:
             self._behind(self._settle(turn))
+
+    def _traced(self, turn: RunningTurn) -> AbstractContextManager[None]:
+        """What begins meanwhile is a part of the turn, where turns are traced."""
+        if self._tracing is None:
+            return contextlib.nullcontext()
+        begin_turn_span(self._tracing, turn)
+        return self._tracing.within(turn.span)
 
     async def _settle(self, turn: RunningTurn) -> None:
         """Learns what a turn took that is not known at its end, if that can be."""

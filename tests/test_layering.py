@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"domain", "errors", "sse", "logs", "watchdog", "loop_watch", "tuning"},
-    {"validation", "schemas", "http_errors", "origins", "env_file", "metrics"},
+    {"validation", "schemas", "http_errors", "origins", "env_file", "metrics", "tracing"},
     {"storage", "provider", "breaker", "prices", "identity"},
     {"interceptor", "reply", "racing", "http_provider", "timed_storage"},
     {"offers"},
@@ -16,7 +16,7 @@ FLOORS = [
     {"config", "registry"},
     {"routing", "limits", "budgets", "access", "copying", "exporting", "retention"},
     {"answering", "bookkeeping", "settling", "estimates"},
-    {"observing"},
+    {"observing", "turn_spans"},
     {"turns"},
     {"handlers"},
     {"openapi"},
@@ -40,6 +40,7 @@ DOMAIN = {
     "routing",
     "answering",
     "observing",
+    "turn_spans",
     "bookkeeping",
     "reply",
     "turns",

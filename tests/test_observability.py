@@ -15,7 +15,8 @@ from chatd.metrics.families import FAMILIES
 from tests.support import Served
 from tests.test_metrics import WITH_TOKEN, Numbers, Serve, numbers
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PAGE = (DOCS / "observability.md").read_text()
 DASHBOARD = (DOCS / "observability" / "grafana.json").read_text()
 ALERTS = (DOCS / "observability" / "alerts.yaml").read_text()
@@ -94,3 +95,12 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
         assert not cells & taken, panel["title"]
         assert at["x"] + at["w"] <= 24
         taken |= cells
+
+
+def test_every_attribute_of_a_span_is_documented() -> None:
+    sources = [ROOT / "chatd" / name for name in ("turn_spans.py", "timed_storage.py")]
+    sources.append(ROOT / "chatd" / "handlers" / "base.py")
+    text = "".join(source.read_text() for source in sources)
+    names = set(re.findall(r'"((?:gen_ai|chatd|http|db)\.[a-z_.]+)"', text))
+    assert len(names) > 20
+    assert [name for name in sorted(names) if f"`{name}`" not in PAGE] == []
