@@ -62,7 +62,8 @@ def _timed(metrics: Metrics, name: str, method: Call) -> Call:
         try:
             return await method(*given, **named)
         except BaseException as error:
-            errors[labels] += _is_fault(error)
+            if _is_fault(error):
+                errors[labels] += 1
             raise
         finally:
             observe(monotonic() - began)
