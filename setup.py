@@ -8,10 +8,12 @@ from setuptools.command.build_py import build_py
 BUNDLED_PLUGINS = [
     "anthropic",
     "echo",
+    "memory",
     "openai_compatible",
     "openrouter",
     "postgres",
     "record",
+    "redis",
     "replay",
     "sqlite",
     "supabase",
@@ -41,7 +43,7 @@ setup(
     cmdclass={"build_py": BuildPy},
     packages=[
         *find_packages(include=["chatd", "chatd.*"]),
-        *("chatd_plugins", "chatd_plugins.sqlite", "chatd_config"),
+        *("chatd_plugins", "chatd_plugins.redis", "chatd_plugins.sqlite", "chatd_config"),
     ],
     # The folders keep the short names of the project's layout; what is installed is prefixed,
     # so that site-packages never gets a top-level "plugins" or "config".
@@ -74,6 +76,7 @@ setup(
             "opentelemetry-exporter-otlp-proto-http>=1.30,<2",
             "opentelemetry-sdk>=1.30,<2",
         ],
+        "redis": ["redis>=8,<9"],
         "uvloop": ["uvloop>=0.21,<1; sys_platform != 'win32'"],
     },
     entry_points={

@@ -27,11 +27,13 @@ from chatd.handlers.base import ApiHandler as Handler
 from chatd.hookspecs import hookimpl
 from chatd.http_provider import HttpAnswer, HttpProvider, ServiceError
 from chatd.interceptor import Interceptor, Proceed, TurnContext
+from chatd.memory import MemoryShared
 from chatd.offers import (
     CommandContext,
     InterceptorRegister,
     ProviderRegister,
     RouteRegister,
+    SharedRegister,
     StorageRegister,
 )
 from chatd.provider import (
@@ -48,6 +50,7 @@ from chatd.provider import (
     ToolCallDelta,
     UsageReport,
 )
+from chatd.shared import Account, Left, Shared, SharedUnavailable, Spending, Window, Wish
 from chatd.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from chatd.storage import (
     PART_CHARS,
@@ -78,6 +81,7 @@ __all__ = [
     "MESSAGE_OVERHEAD_CHARS",
     "PART_CHARS",
     "PART_MESSAGE_CHARS",
+    "Account",
     "BeginTurn",
     "BegunTurn",
     "Chatbot",
@@ -102,6 +106,8 @@ __all__ = [
     "IdempotencyKeyReused",
     "Interceptor",
     "InterceptorRegister",
+    "Left",
+    "MemoryShared",
     "Message",
     "MessagePage",
     "NotFound",
@@ -120,6 +126,10 @@ __all__ = [
     "ServiceError",
     "Session",
     "SessionPart",
+    "Shared",
+    "SharedRegister",
+    "SharedUnavailable",
+    "Spending",
     "Storage",
     "StorageRegister",
     "StorageUnavailable",
@@ -137,6 +147,8 @@ __all__ = [
     "UsageBy",
     "UsageReport",
     "UsageTotal",
+    "Window",
+    "Wish",
     "__version__",
     "hookimpl",
 ]

@@ -38,14 +38,17 @@ class _Cache(Generic[K, V]):
         self._look_up = look_up
         self._seconds = seconds
         self._entries: OrderedDict[K, tuple[float, V]] = OrderedDict()
+        self._forgotten = 0
 
     async def get(self, key: K) -> V | None:
         entry = self._entries.get(key)
         if entry is not None and entry[0] > time.monotonic():
             self._entries.move_to_end(key)
             return entry[1]
-        asked = time.monotonic()
+        asked, forgotten = time.monotonic(), self._forgotten
         found = await self._look_up(key)
+        if forgotten != self._forgotten:
+            return found  # it may have changed since it was read
         if found is None:
             self._entries.pop(key, None)
             return None
@@ -54,6 +57,12 @@ class _Cache(Generic[K, V]):
         if len(self._entries) > CACHE_ENTRIES:
             self._entries.popitem(last=False)
         return found
+
+    def forget(self, of: Callable[[K, V], bool] | None = None) -> None:
+        """Looks up again what `of` is true of; without it everything."""
+        self._forgotten += 1
+        for key in [k for k, (_, found) in self._entries.items() if of is None or of(k, found)]:
+            del self._entries[key]
 
 
 NO_SESSION = "There is no widget session with this id."
@@ -93,6 +102,22 @@ class Access:
         )
         self._default = frozenset(default_origins)
         self._own = frozenset({_origin(public_url)} if public_url else ())
+
+    def forget_chatbot(self, chatbot_id: str) -> None:
+        """Looks a chatbot up again, since it was changed."""
+        self._chatbots.forget(lambda id, _: id == chatbot_id)
+        self._by_key.forget(lambda _, chatbot: chatbot.id == chatbot_id)
+        self._origins.forget()
+
+    def forget_session(self, session_id: str) -> None:
+        """Looks a session up again, since it was erased."""
+        self._sessions.forget(lambda id, _: id == session_id)
+
+    def forget_chatbots(self) -> None:
+        """Looks all chatbots up again."""
+        self._chatbots.forget()
+        self._by_key.forget()
+        self._origins.forget()
 
     async def client(self, assistant_id: str, api_key: str | None) -> Chatbot:
         """The chatbot, for a tenant's client with its key. Raises `InvalidApiKey`."""

@@ -25,12 +25,15 @@ from chatd.errors import PluginError
 from chatd.handlers import bot, chat, docs, health, metrics, openai, sessions, turns, widget
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
-from chatd.limits import Counters, Limits, WindowCounters
+from chatd.limits import Limits
+from chatd.memory import MemoryShared
 from chatd.metrics import Metrics, Sample
 from chatd.offers import Offer
 from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
 from chatd.routing import Router, Rule, Target
+from chatd.shared import Shared
+from chatd.sharing import Sharing
 from chatd.storage import Storage
 from chatd.timed_storage import timed, traced
 from chatd.tracing import Tracing
@@ -89,6 +92,7 @@ def offers(registry: Registry) -> Offers:
         "storage": {o.name: o.schema for o in registry.storages.values()},
         "provider": {o.name: o.schema for o in registry.providers.values()},
         "interceptor": {o.name: o.schema for o in registry.interceptors.values()},
+        "shared": {o.name: o.schema for o in registry.shared.values()},
     }
 
 
@@ -127,6 +131,24 @@ async def open_storage(config: Config, registry: Registry) -> Storage:
 async def open_used_storage(use: Use, registry: Registry) -> Storage:
     """A storage by its name and settings. The caller closes it. Raises `PluginError`."""
     return await _opened("storage", registry.storages[use.name], use.settings)
+
+
+async def open_shared(config: Config, registry: Registry) -> Shared | None:
+    """What processes share; None when the configuration names nothing. Raises `PluginError`."""
+    if config.shared is None:
+        return None
+    return await _opened("shared", registry.shared[config.shared.name], config.shared.settings)
+
+
+async def open_sharing(config: Config, registry: Registry, stack: AsyncExitStack) -> Sharing:
+    """The same with what holds without it; `stack` closes it. Its caller opens it."""
+    shared = await open_shared(config, registry)
+    if shared is not None:
+        stack.push_async_callback(_closed, "shared", shared.close)
+    # One that is this process's own is what `Sharing` has itself, at less cost.
+    sharing = Sharing(None if isinstance(shared, MemoryShared) else shared)
+    stack.push_async_callback(sharing.close)
+    return sharing
 
 
 async def open_providers(
@@ -195,7 +217,8 @@ class Runtime:
     application: Application
     services: Services
     answerers: Answerers
-    counters: Counters
+    unlisten: tuple[Callable[[], None], ...]
+    """What ends listening to other processes, for one that another is in place of."""
 
     @property
     def router(self) -> Router:
@@ -221,12 +244,12 @@ async def open_runtime(
     config: Config,
     registry: Registry,
     stack: AsyncExitStack,
-    counters: Counters | None = None,
+    sharing: Sharing | None = None,
     numbers: Metrics | None = None,
 ) -> Runtime:
     """Opens everything; `stack` closes it in the right order. Raises `PluginError`.
 
-    :param counters: what limits are counted with, when they were before.
+    :param sharing: what is shared with other processes, when that is open already.
     :param numbers: what this process counts for Prometheus, when it does already.
     """
     numbers = numbers or Metrics()
@@ -240,19 +263,26 @@ async def open_runtime(
     stack.push_async_callback(_closed, "storage", storage.close)
     answerers = await open_answerers(config, registry)
     stack.push_async_callback(answerers.close)
+    if sharing is None:
+        sharing = await open_sharing(config, registry, stack)
+    budgets = Budgets(storage, config.limits, sharing)
     running = Turns(
         storage,
         answerers.router,
         answerers.interceptors,
         lease_seconds=config.server.lease_seconds,
-        budgets=Budgets(storage, config.limits),
+        budgets=budgets,
+        sharing=sharing,
         metrics=numbers,
         tracing=tracing,
     )
     stack.push_async_callback(running.close)
     await running.open()
-    counters = counters or WindowCounters()
-    return _put_together(config, registry, storage, running, answerers, counters, tracing)
+    runtime = _put_together(config, registry, storage, running, answerers, sharing, tracing)
+    await sharing.open()
+    if sharing.is_shared:
+        sharing.spawn(budgets.keep())
+    return runtime
 
 
 async def open_again(config: Config, registry: Registry, runtime: Runtime) -> Runtime:
@@ -270,7 +300,7 @@ async def open_again(config: Config, registry: Registry, runtime: Runtime) -> Ru
             services.storage,
             services.turns,
             answerers,
-            runtime.counters,
+            services.sharing,
             services.tracing,
         )
     except PluginError:
@@ -288,7 +318,7 @@ def _put_together(
     storage: Storage,
     running: Turns,
     answerers: Answerers,
-    counters: Counters,
+    sharing: Sharing,
     tracing: Tracing | None,
 ) -> Runtime:
     """What is open, as an application. Raises `PluginError`."""
@@ -298,19 +328,28 @@ def _put_together(
         public_url=config.server.public_url,
         cache_seconds=config.server.chatbot_cache_seconds,
     )
-    limits = Limits(config.limits, counters, trusted_proxies=config.server.trusted_proxies)
-    running.metrics.sources["runtime"] = partial(_gauges, running, answerers.router)
-    services = Services(config.server, storage, access, limits, running, running.metrics, tracing)
+    unlisten = (
+        sharing.on("changed", lambda message: access.forget_chatbot(message["chatbot"])),
+        sharing.on("erased", lambda message: access.forget_session(message["session"])),
+        sharing.on_missed(access.forget_chatbots),
+    )
+    limits = Limits(config.limits, sharing, trusted_proxies=config.server.trusted_proxies)
+    running.metrics.sources["runtime"] = partial(_gauges, running, answerers.router, sharing)
+    services = Services(
+        config.server, storage, access, limits, running, sharing, running.metrics, tracing
+    )
     application = build_application(services, registry.routes)
-    return Runtime(application, services, answerers, counters)
+    return Runtime(application, services, answerers, unlisten)
 
 
-def _gauges(running: Turns, router: Router) -> Iterator[Sample]:
+def _gauges(running: Turns, router: Router, sharing: Sharing) -> Iterator[Sample]:
     """What there is of things that come and go."""
     yield "chatd_info", (chatd.__version__,), 1
     yield "chatd_running_turns", (), running.count
     yield "chatd_unstored_turns", (), running.unstored
     yield "chatd_stuck_turns", (), len(running.stuck)
+    if sharing.is_shared:
+        yield "chatd_shared_up", (), float(sharing.is_up)
     for pair, state in router.states().items():
         yield "chatd_breaker_state", pair, _STATES[state]
 

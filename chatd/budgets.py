@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 
 from chatd.config import LimitsConfig
-from chatd.domain import Chatbot
+from chatd.domain import Chatbot, new_id
 from chatd.errors import BudgetExhausted, RateLimited, StorageUnavailable
+from chatd.shared import Account, Spending, Wish
+from chatd.sharing import HOLD_SECONDS, Sharing
 from chatd.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -18,29 +20,26 @@ log = logging.getLogger(__name__)
 READ_SECONDS = 30.0
 """How often storage is asked again what a day has cost: other processes spend of it too."""
 
+TRIES = 3
+"""How often it is learned anew what was spent when that was forgotten at once."""
+
 HELD_SECONDS = 5.0
 """When to come back while turns that run hold the rest of a budget; most turns take that long."""
 
 
 @dataclass(slots=True)
-class _Ledger:
-    """One day of a chatbot, in USD.
+class _Book:
+    """One day of a chatbot, as this process knows it: its account, and what turns hold of it here.
 
-    `spent` is what turns that ended cost, as storage says, and what ended here since; `settled` all
-    that ended here. `running` turns hold `held`. `most` is what a turn cost at most. Of
-    `guesses` turns that ended here storage knows no cost; they count as `guessed` together.
+    `read_at` is when storage was asked what the day has cost, and `epoch` where it was told then.
     """
 
+    account: str
     day: date
-    spent: float = 0.0
-    settled: float = 0.0
-    held: float = 0.0
-    running: int = 0
-    most: float = 0.0
-    guesses: int = 0
-    guessed: float = 0.0
+    epoch: int = -1
     read_at: float | None = None
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    holds: dict[str, float] = field(default_factory=dict)
 
 
 class Reservation:
@@ -49,44 +48,41 @@ class Reservation:
     :param reserve: what the turn counts as while neither its cost nor a guess of it is known.
     """
 
-    def __init__(self, ledger: _Ledger, amount: float, reserve: float) -> None:
+    def __init__(self, sharing: Sharing, book: _Book, hold: str, reserve: float) -> None:
         self.reserve = reserve
-        self._ledger = ledger
-        self._amount = amount
+        self._sharing = sharing
+        self._book = book
+        self._hold = hold
         self._counted = 0.0
         self._guess: float | None = None
-        ledger.held += amount
-        ledger.running += 1
 
     def settle(self, cost_usd: float | None, *, guess: float | None = None) -> None:
         """Counts what the turn cost; when that is unknown the guess, and without one the reserve."""
-        self.release()
         if cost_usd is None and guess is not None:
             self._guess = guess
-            self._ledger.guesses += 1
-            self._ledger.guessed += guess
-            cost_usd = guess
-        self._count(self.reserve if cost_usd is None else cost_usd)
+            self._count(guess, Spending(0.0, guesses=1, guessed=guess))
+        else:
+            self._count(self.reserve if cost_usd is None else cost_usd, Spending(0.0))
 
     def correct(self, cost_usd: float) -> None:
         """Counts what the turn cost, which storage knows by now, in place of what it counted as."""
+        spending = Spending(0.0)
         if self._guess is not None:
-            self._ledger.guesses -= 1
-            self._ledger.guessed -= self._guess
+            spending = Spending(0.0, guesses=-1, guessed=-self._guess)
             self._guess = None
-        self._count(cost_usd)
+        self._count(cost_usd, spending)
 
-    def _count(self, cost: float) -> None:
-        more = cost - self._counted
+    def _count(self, cost: float, spending: Spending) -> None:
+        self._end(replace(spending, cost=cost - self._counted, most=cost))
         self._counted = cost
-        self._ledger.spent += more
-        self._ledger.settled += more
-        self._ledger.most = max(self._ledger.most, cost)
 
     def release(self) -> None:
         """Gives it back: the turn did not begin."""
-        self._ledger.held -= self._amount
-        self._ledger.running -= 1
+        self._end(None)
+
+    def _end(self, spending: Spending | None) -> None:
+        self._book.holds.pop(self._hold, None)
+        self._sharing.settle(self._book.account, self._hold, spending)
 
 
 class Budgets:
@@ -95,19 +91,25 @@ class Budgets:
     A turn begins when what was spent, what running turns hold and its own reserve fit the budget;
     or when nothing else runs and something is left. The reserve is what is set, or what the
     dearest turn of the day cost when that was more. So a budget is overrun by no more than one turn,
-    if no turn costs more than its reserve.
+    if no turn costs more than its reserve; over all processes that share, else in each.
 
     :param now: the time, in UTC; by default the machine's.
     """
 
     def __init__(
-        self, storage: Storage, defaults: LimitsConfig, *, now: Callable[[], datetime] | None = None
+        self,
+        storage: Storage,
+        defaults: LimitsConfig,
+        sharing: Sharing | None = None,
+        *,
+        now: Callable[[], datetime] | None = None,
     ) -> None:
         self._now = now or _now
         self._storage = storage
         self.defaults = defaults
         """For chatbots that set nothing else."""
-        self._ledgers: dict[str, _Ledger] = {}
+        self._sharing = sharing or Sharing()
+        self._books: dict[str, _Book] = {}
 
     async def reserve(self, chatbot: Chatbot) -> Reservation | None:
         """Holds what a turn may cost; None for a chatbot without a budget.
@@ -125,56 +127,95 @@ class Budgets:
         if reserve is None:
             reserve = self.defaults.turn_reserve_usd
         now = self._now()
-        ledger = self._ledger(chatbot.id, now.date())
-        await self._learn(chatbot.id, ledger, reserve)
-        if ledger.spent >= budget:
+        book = self._book(chatbot.id, now.date())
+        wish = Wish(new_id(), budget, reserve, self._sharing.hold_seconds)
+        account = await self._asked(chatbot.id, book, wish)
+        if account.granted:
+            book.holds[wish.hold] = account.amount
+            return Reservation(self._sharing, book, wish.hold, reserve)
+        if account.spent is not None and account.spent >= budget:
             raise BudgetExhausted(retry_after=_until_midnight(now))
-        amount = max(reserve, ledger.most)
-        if ledger.running and ledger.spent + ledger.held + amount > budget:
-            # Not exhausted: it will do to come back when one of them has ended.
-            raise RateLimited(
-                "This chatbot gives as many answers at once as it may just now. "
-                "Wait as long as Retry-After says.",
-                retry_after=HELD_SECONDS,
-            )
-        return Reservation(ledger, amount, reserve)
+        # Not exhausted: it will do to come back when one of them has ended.
+        raise RateLimited(
+            "This chatbot gives as many answers at once as it may just now. "
+            "Wait as long as Retry-After says.",
+            retry_after=HELD_SECONDS,
+        )
 
-    def _ledger(self, chatbot_id: str, day: date) -> _Ledger:
-        ledger = self._ledgers.get(chatbot_id)
-        if ledger is None or ledger.day != day:
-            # Turns that began yesterday settle with yesterday's, which they keep alive.
-            ledger = self._ledgers[chatbot_id] = _Ledger(day)
-        return ledger
+    async def spent(self, chatbot_id: str) -> float:
+        """What a chatbot has spent today, as far as it is known, in USD."""
+        account = await self._sharing.account(_account(chatbot_id, self._now().date()))
+        return account.spent or 0.0
 
-    async def _learn(self, chatbot_id: str, ledger: _Ledger, reserve: float) -> None:
+    async def keep(self) -> None:
+        """Says of running turns that they still hold what they hold, for ever."""
+        while True:
+            await asyncio.sleep(HOLD_SECONDS / 3)
+            for book in tuple(self._books.values()):
+                if book.holds:
+                    await self._sharing.hold(book.account, book.holds)
+
+    async def _asked(self, chatbot_id: str, book: _Book, wish: Wish) -> Account:
+        """What comes of a wish. Raises `StorageUnavailable`, as `reserve` does."""
+        account = Account(None)
+        for _ in range(TRIES):
+            await self._learn(chatbot_id, book, wish.reserve)
+            account = await self._sharing.reserve(book.account, wish)
+            if account.spent is not None:
+                break
+            # The place where accounts are lost what it knew, or is another one since.
+            book.read_at = None
+        return account
+
+    def _book(self, chatbot_id: str, day: date) -> _Book:
+        account = _account(chatbot_id, day)
+        book = self._books.get(account)
+        if book is None:
+            # Turns that began yesterday settle with yesterday's.
+            over = [name for name, old in self._books.items() if old.day < day and not old.holds]
+            for name in over:
+                del self._books[name]
+            book = self._books[account] = _Book(account, day)
+        return book
+
+    async def _learn(self, chatbot_id: str, book: _Book, reserve: float) -> None:
         """Reads what the day has cost, when that was not read lately. Raises as `reserve` does."""
         now = asyncio.get_running_loop().time()
-        if ledger.read_at is None:
-            async with ledger.reading:
-                if ledger.read_at is None:
-                    await self._read(chatbot_id, ledger, reserve)
-                    ledger.read_at = now
-        elif now - ledger.read_at > READ_SECONDS:
-            ledger.read_at = now
+        if book.read_at is None or book.epoch != self._sharing.epoch:
+            async with book.reading:
+                if book.read_at is None or book.epoch != self._sharing.epoch:
+                    await self._read(chatbot_id, book, reserve)
+                    book.read_at = now
+        elif now - book.read_at > READ_SECONDS:
+            book.read_at = now
             try:
-                await self._read(chatbot_id, ledger, reserve)
+                await self._read(chatbot_id, book, reserve)
             except StorageUnavailable as error:
                 log.warning("what chatbot %s spent is not read again: %s", chatbot_id, error.detail)
 
-    async def _read(self, chatbot_id: str, ledger: _Ledger, reserve: float) -> None:
-        settled = ledger.settled
-        midnight = datetime.combine(ledger.day, time(), UTC)
+    async def _read(self, chatbot_id: str, book: _Book, reserve: float) -> None:
+        account = await self._sharing.account(book.account)
+        moved, book.epoch = book.epoch != self._sharing.epoch, self._sharing.epoch
+        midnight = datetime.combine(book.day, time(), UTC)
         totals = await self._storage.usage_totals(by="day", chatbot_id=chatbot_id, since=midnight)
-        spent = 0.0
+        spent = most = 0.0
         for total in totals:
-            if total.key == ledger.day.isoformat():
+            if total.key == book.day.isoformat():
                 known = total.cost_usd or 0.0
-                unknown = max(0, total.unknown_cost - ledger.guesses)
-                spent += known + unknown * reserve + ledger.guessed
-                ledger.most = max(ledger.most, known / max(1, total.turns))
+                unknown = max(0, total.unknown_cost - account.guesses)
+                spent += known + unknown * reserve + account.guessed
+                most = max(most, known / max(1, total.turns))
         # What ended meanwhile may be in the sum already; counted twice it errs on the safe side,
         # until it is read again.
-        ledger.spent = spent + ledger.settled - settled
+        settled, epoch = account.settled, book.epoch
+        await self._sharing.learn(book.account, spent, settled=settled, most=most, epoch=epoch)
+        if (moved or account.spent is None) and book.holds:
+            # It may not know what turns hold of it that run already.
+            await self._sharing.hold(book.account, book.holds)
+
+
+def _account(chatbot_id: str, day: date) -> str:
+    return f"{chatbot_id}/{day.isoformat()}"
 
 
 def _now() -> datetime:

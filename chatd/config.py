@@ -145,6 +145,7 @@ class Config:
     providers: Mapping[str, ProviderConfig]
     models: tuple[ModelRule, ...]
     interceptors: tuple[Use, ...]
+    shared: Use | None
     first_chatbot: FirstChatbot | None
     log_level: str
 
@@ -158,7 +159,7 @@ class PluginsConfig:
 
 
 Offers = Mapping[str, Mapping[str, Schema]]
-"""Kind ("storage", "provider", "interceptor") → name → schema of its settings."""
+"""Kind ("storage", "provider", "interceptor", "shared") → name → schema of its settings."""
 
 
 class ConfigFile:
@@ -369,6 +370,7 @@ class ConfigFile:
     def _plugin_faults(self, offers: Offers) -> list[tuple[int, str]]:
         faults: list[tuple[int, str]] = []
         self._use_faults(faults, offers, "storage", ("storage",), set())
+        self._use_faults(faults, offers, "shared", ("shared",), set())
         for name in self._part("providers"):
             if self._part("providers", name).get("enabled", True):
                 self._use_faults(faults, offers, "provider", ("providers", name), _OF_PROVIDERS)
@@ -478,9 +480,14 @@ def _build(values: Mapping[str, Any]) -> Config:
         interceptors=tuple(
             Use(i["use"], _settings(i, set())) for i in values.get("interceptors") or ()
         ),
+        shared=_shared(values.get("shared")),
         first_chatbot=FirstChatbot(**first) if first else None,
         log_level=values.get("log_level", "info"),
     )
+
+
+def _shared(part: Mapping[str, Any] | None) -> Use | None:
+    return Use(part["use"], _settings(part, set())) if part else None
 
 
 def find_config(given: FilePath | None, folder: FilePath, packaged: FilePath) -> FilePath:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import re
 import secrets
-import uuid
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -73,7 +74,20 @@ def rates(text: str) -> tuple[Rate, ...]:
 
 def new_id() -> str:
     """A random UUID (version 4, 122 random bits) in canonical form."""
-    return str(uuid.uuid4())
+    # As `uuid.uuid4` makes it, at half the cost.
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+
+
+def new_turn_id() -> str:
+    """A UUID of version 7 (RFC 9562): the time in milliseconds, and 74 random bits.
+
+    Turns that begin together lie together in an index, so that storage writes fewer pages.
+    """
+    digits = int(time.time() * 1000).to_bytes(6).hex() + os.urandom(10).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-7{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def canonical_id(text: str) -> str | None:

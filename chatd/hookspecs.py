@@ -9,7 +9,13 @@ from __future__ import annotations
 import click
 import pluggy
 
-from chatd.offers import InterceptorRegister, ProviderRegister, RouteRegister, StorageRegister
+from chatd.offers import (
+    InterceptorRegister,
+    ProviderRegister,
+    RouteRegister,
+    SharedRegister,
+    StorageRegister,
+)
 
 PROJECT = "chatd"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -41,6 +47,16 @@ def chatd_register_interceptor(register: InterceptorRegister) -> None:
 
     :param register: call its `add(name, open, config_schema, description)`; `open(settings)`
         is a coroutine function that returns a `chatd.Interceptor`.
+    """
+
+
+@hookspec
+def chatd_register_shared(register: SharedRegister) -> None:
+    """Offer a place where processes share what they count, what is said just now and what changed.
+
+    :param register: call its `add(name, open, config_schema, description)`; `open(settings)`
+        is a coroutine function that returns a `chatd.Shared`. It does not wait for the place to be
+        there: a server starts without it.
     """
 
 

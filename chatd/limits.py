@@ -1,6 +1,6 @@
 """How much: how often visitors and clients may ask, counted over moving windows.
 
-All limits are asked before any is counted, and they are counted once the work has begun: what is
+All limits are asked before any is counted, and what does not begin after all is given back: what is
 refused takes nothing from them. What is tried in vain is counted by itself, and bounded too.
 """
 
@@ -9,25 +9,19 @@ from __future__ import annotations
 import ipaddress
 import logging
 import math
-import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
-
-from limits import RateLimitItemPerSecond
-from limits.aio.storage import MemoryStorage, Storage
-from limits.aio.strategies import MovingWindowRateLimiter
+from typing import Literal
 
 from chatd.config import LimitsConfig
 from chatd.domain import Chatbot, Rate, rates
 from chatd.errors import RateLimited
+from chatd.memory import WindowCounters
+from chatd.shared import Left, Window
+from chatd.sharing import Sharing
 
 log = logging.getLogger(__name__)
-
-MAX_KEYS = 100_000
-"""Who is counted at one time for one length of window; who asked least recently is forgotten."""
 
 IPV6_PREFIX = 64
 """What one customer of a provider has at least (RFC 6177), and may take every address of."""
@@ -38,81 +32,6 @@ session from several windows runs into turns that go on; nobody does that all th
 
 Kind = Literal["sessions", "turns"]
 """What is counted: sessions that begin, or turns."""
-
-
-class Counters(Protocol):
-    """Where it is counted who took how much: in this process, or in a place that several share."""
-
-    async def left(self, rate: Rate, key: str) -> tuple[int, float]:
-        """How many may still be taken under this key, and in how many seconds one comes back."""
-
-    async def take(self, rate: Rate, key: str) -> bool:
-        """Takes one, unless none is left; whether it was taken."""
-
-
-class WindowCounters:
-    """Moving windows: of any span as long as the rate's, no more than its count is taken.
-
-    :param storage: of the package `limits`, which has one for Redis too.
-    """
-
-    def __init__(self, storage: Storage | None = None) -> None:
-        self._window = MovingWindowRateLimiter(storage or MemoryWindows())
-
-    async def left(self, rate: Rate, key: str) -> tuple[int, float]:
-        stats = await self._window.get_window_stats(_item(rate), key)
-        return stats.remaining, max(0.0, stats.reset_time - time.time())
-
-    async def take(self, rate: Rate, key: str) -> bool:
-        return await self._window.hit(_item(rate), key)
-
-
-def _item(rate: Rate) -> RateLimitItemPerSecond:
-    return RateLimitItemPerSecond(rate.count, rate.seconds)
-
-
-class MemoryWindows(MemoryStorage):
-    """Windows in memory, forgotten as they run out, at no cost for those that did not.
-
-    The class above looks at every key for each one that is taken, on a thread.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._taken: dict[int, OrderedDict[str, deque[float]]] = {}
-
-    async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        now = time.time()
-        keys = self._taken.setdefault(expiry, OrderedDict())
-        times = self._since(keys, key, now - expiry)
-        if len(times) + amount > limit:
-            return False
-        times.extend([now] * amount)
-        keys[key] = times
-        keys.move_to_end(key)
-        self._forget(keys, now - expiry)
-        return True
-
-    async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        now = time.time()
-        times = self._since(self._taken.get(expiry, OrderedDict()), key, now - expiry)
-        return (times[0] if times else now), len(times)
-
-    @staticmethod
-    def _since(keys: Mapping[str, deque[float]], key: str, start: float) -> deque[float]:
-        times = keys.get(key, deque())
-        while times and times[0] <= start:
-            times.popleft()
-        return times
-
-    @staticmethod
-    def _forget(keys: OrderedDict[str, deque[float]], start: float) -> None:
-        """Drops who asked last before `start`; those are in front, and few at a time."""
-        while keys:
-            key, times = next(iter(keys.items()))
-            if len(keys) <= MAX_KEYS and times and times[-1] > start:
-                return
-            del keys[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +51,11 @@ class Quota:
     def policy(self) -> str:
         """A name for the limit and its window; a limit may have several."""
         return f"{self.name}/{self.rate.seconds}"
+
+    @property
+    def window(self) -> Window:
+        """What is counted for it."""
+        return Window(self.key, self.rate.count, self.rate.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +97,10 @@ def _one_more(quotas: Sequence[Quota]) -> tuple[Quota, ...]:
     return tuple(replace(quota, left=quota.left + 1) for quota in quotas)
 
 
+_FREE = Admission((), ())
+"""Where nothing is limited."""
+
+
 class Limits:
     """Says how much is too much.
 
@@ -182,14 +110,13 @@ class Limits:
     """
 
     def __init__(
-        self, defaults: LimitsConfig, counters: Counters, *, trusted_proxies: int = 0
+        self, defaults: LimitsConfig, sharing: Sharing, *, trusted_proxies: int = 0
     ) -> None:
         self._defaults = defaults
-        self._counters = counters
+        self._sharing = sharing
         self._trusted_proxies = trusted_proxies
         # Each process bounds by itself what is tried in it in vain: that costs no model anything.
         self._in_vain = WindowCounters()
-        self._beginning: Counter[str] = Counter()
         self._warned = False
 
     def address(self, peer: str, forwarded: str) -> str:
@@ -210,7 +137,7 @@ class Limits:
     async def ask(
         self, kind: Kind, chatbot: Chatbot, own: Mapping[str, str | None]
     ) -> AsyncIterator[Admission]:
-        """Asks all limits for one more of a kind, and counts it when the `async with` ends well.
+        """Asks all limits for one more of a kind, and counts it unless the `async with` raises.
 
         When it raises, that is counted as tried in vain, which is refused from `IN_VAIN` times the
         requester's own limits on. Call `Admission.require` first in it: what the limits refuse is
@@ -224,29 +151,26 @@ class Limits:
             quota for scope, key in keys.items() for quota in self._of(kind, scope, key, chatbot)
         ]
         others = [] if "key" in own else self._of(kind, "chatbot", "", chatbot)
-        vain = [_vain(quota) for quota in mine]
-        mine = [await self._asked(self._counters, quota) for quota in mine]
-        others = [await self._asked(self._counters, quota) for quota in others]
-        vain = [await self._asked(self._in_vain, quota) for quota in vain]
-        refusing = tuple(quota for quota in vain if quota.left < 0)
-        admission = Admission((*mine, *refusing), tuple(others))
-        if any(quota.left < 0 for quota in (*admission.own, *others)):
+        if not (mine or others):
+            yield _FREE
+            return
+        vain = [_vain(quota).window for quota in mine]
+        tried = [await self._in_vain.left(window) for window in vain]
+        if any(left.left < 1 for left in tried):
+            yield Admission(_stand(map(_vain, mine), tried), ())
+            return
+        taken = await self._sharing.take(chatbot.id, [q.window for q in (*mine, *others)])
+        left = taken.left
+        admission = Admission(_stand(mine, left[: len(mine)]), _stand(others, left[len(mine) :]))
+        if not taken.granted:
             yield admission
             return
-        began = [quota.key for quota in (*mine, *others, *vain)]
-        self._beginning.update(began)
         try:
             yield admission
         except BaseException:
-            for quota in vain:
-                await self._in_vain.take(quota.rate, quota.key)
+            self._sharing.give_back(taken)
+            await self._in_vain.count(vain)
             raise
-        else:
-            for quota in (*mine, *others):
-                await self._counters.take(quota.rate, quota.key)
-        finally:
-            self._beginning.subtract(began)
-            self._beginning += Counter()
 
     def _of(self, kind: Kind, scope: str, key: str, chatbot: Chatbot) -> list[Quota]:
         """The limits of a chatbot for one more of a kind, by whom they are counted."""
@@ -258,10 +182,13 @@ class Limits:
             Quota(name, rate, f"{path}/{rate.count}/{rate.seconds}", 0, 0) for rate in rates(text)
         ]
 
-    async def _asked(self, counters: Counters, quota: Quota) -> Quota:
-        """The limit with what is left after one more; below 0 when that is too much."""
-        left, reset = await counters.left(quota.rate, quota.key)
-        return replace(quota, left=left - self._beginning[quota.key] - 1, reset=reset)
+
+def _stand(quotas: Iterable[Quota], left: Sequence[Left]) -> tuple[Quota, ...]:
+    """The limits with what is left after one more; below 0 when that is too much."""
+    return tuple(
+        replace(quota, left=each.left - 1, reset=each.reset)
+        for quota, each in zip(quotas, left, strict=True)
+    )
 
 
 def _vain(quota: Quota) -> Quota:

@@ -14,6 +14,7 @@ from tornado.web import RequestHandler
 from chatd.errors import PluginError
 from chatd.interceptor import Interceptor
 from chatd.provider import Provider
+from chatd.shared import Shared
 from chatd.storage import Storage
 from chatd.validation import Schema, did_you_mean
 
@@ -125,6 +126,7 @@ class Register(Generic[T]):
 StorageRegister = Register[Storage]
 ProviderRegister = Register[Provider]
 InterceptorRegister = Register[Interceptor]
+SharedRegister = Register[Shared]
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from chatd.errors import PluginError
 from chatd.interceptor import Interceptor
 from chatd.offers import Offer, Register, RouteRegister
 from chatd.provider import Provider
+from chatd.shared import Shared
 from chatd.storage import Storage
 from chatd.validation import did_you_mean
 
@@ -44,6 +45,7 @@ class Registry:
     storages: dict[str, Offer[Storage]] = field(default_factory=dict)
     providers: dict[str, Offer[Provider]] = field(default_factory=dict)
     interceptors: dict[str, Offer[Interceptor]] = field(default_factory=dict)
+    shared: dict[str, Offer[Shared]] = field(default_factory=dict)
     routes: list[tuple[str, type[RequestHandler]]] = field(default_factory=list)
     plugins: list[Loaded] = field(default_factory=list)
     _modules: dict[str, str] = field(default_factory=dict)
@@ -97,6 +99,7 @@ class Registry:
             "chatd_register_interceptor",
             register=Register("interceptor", name, self.interceptors),
         )
+        self._call(name, "chatd_register_shared", register=Register("shared", name, self.shared))
         self._call(name, "chatd_register_routes", register=RouteRegister(name, self.routes))
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from chatd import logs
-from chatd.app import Runtime, open_again, open_runtime
+from chatd.app import Runtime, open_again, open_runtime, open_sharing
 from chatd.config import Config
 from chatd.errors import ChatdError
 from chatd.metrics import Metrics
@@ -44,7 +44,9 @@ def read_again(load: Load, config: Config) -> tuple[Config, Registry] | None:
     for name, value in fixed.items():
         if getattr(new.server, name) != value:
             log.warning("server.%s changes only with a restart: it stays %s", name, value)
-    return replace(new, server=replace(new.server, **fixed)), registry
+    if new.shared != config.shared:
+        log.warning("shared changes only with a restart: it stays as it was")
+    return replace(new, server=replace(new.server, **fixed), shared=config.shared), registry
 
 
 class Generations:
@@ -74,9 +76,10 @@ class Generations:
     async def __aenter__(self) -> Generations:
         await self._stack.__aenter__()
         try:
+            sharing = await open_sharing(self.config, self.registry, self._stack)
             self._own = await self._stack.enter_async_context(AsyncExitStack())
             self._runtime = await open_runtime(
-                self.config, self.registry, self._own, numbers=self._metrics
+                self.config, self.registry, self._own, sharing, self._metrics
             )
         except BaseException:
             await self._stack.aclose()
@@ -116,11 +119,14 @@ class Generations:
             self._retire(self._close_answerers(before))
         else:
             async with AsyncExitStack() as opening:
+                sharing = before.services.sharing
                 self._runtime = await open_runtime(
-                    config, registry, opening, before.counters, self._metrics
+                    config, registry, opening, sharing, self._metrics
                 )
                 self._own = await self._stack.enter_async_context(opening.pop_all())
             self._retire(self._close_all(before, own))
+        for take_back in before.unlisten:
+            take_back()
         self.config, self.registry = config, registry
 
     def _has_same_storage(self, config: Config, registry: Registry) -> bool:

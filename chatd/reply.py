@@ -138,11 +138,14 @@ class Reply:
         self._waiters.clear()
 
     def end_as(self, record: TurnRecord) -> None:
-        """Says all that storage has of a turn that ended."""
-        self.say(record.reply or "")
+        """Says what storage has of a turn that ended, as far as it is not said yet."""
+        self.say((record.reply or "")[self.length :])
+        known = {call.index: call for call in whole_calls(self)}
         for attempt in record.attempts:
             for call in attempt.get("tool_calls", ()):
-                self.call(ToolCallDelta(**call))
+                rest = _rest(ToolCallDelta(**call), known.get(call["index"]))
+                if rest is not None:
+                    self.call(rest)
         self.end(TurnResult.of(record))
 
     async def ended(self) -> TurnResult:
@@ -175,6 +178,15 @@ class Reply:
     def _tell(self) -> None:
         for wake in tuple(self._readers):
             wake()
+
+
+def _rest(call: ToolCallDelta, known: ToolCallDelta | None) -> ToolCallDelta | None:
+    """What is not known yet of a whole call; None when all of it is."""
+    if known is None:
+        return call
+    id, name = (None if known.id else call.id), (None if known.name else call.name)
+    arguments = call.arguments[len(known.arguments) :]
+    return ToolCallDelta(call.index, id, name, arguments) if id or name or arguments else None
 
 
 def whole_calls(reply: Reply) -> list[ToolCallDelta]:

@@ -22,8 +22,9 @@ from chatd.answering import RunningTurn, around, asked, collect, storable, unfin
 from chatd.bookkeeping import STORE_SECONDS, Books
 from chatd.budgets import Budgets
 from chatd.config import LimitsConfig
-from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_id
-from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown, StorageUnavailable
+from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_turn_id
+from chatd.elsewhere import Following, Telling
+from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown
 from chatd.estimates import Estimates, Said
 from chatd.interceptor import Interceptor, Proceed, TurnContext
 from chatd.metrics import Metrics
@@ -32,6 +33,8 @@ from chatd.provider import Event, ProviderRequest, Timeouts, needs
 from chatd.reply import Reply, TurnResult, shown_reason
 from chatd.routing import Router, Trail
 from chatd.settling import settle, unsettled
+from chatd.sharing import Message as Told
+from chatd.sharing import Sharing
 from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Renewed, Storage, TurnRecord
 from chatd.tracing import Tracing
 from chatd.turn_spans import begin_turn_span, end_turn_span
@@ -41,8 +44,8 @@ log = logging.getLogger(__name__)
 GIVE_UP_SECONDS = 2.0
 """How long after its deadline a turn may take to be cancelled before it is ended without."""
 
-LOOK_SECONDS = 0.5
-"""How often storage is asked about a turn that another process runs."""
+STOP_SECONDS = 1.0
+"""How long it is waited for a turn to end that another process was told to stop."""
 
 MAX_MODELS = 1000
 """Models whose tokens are measured; there are as many as chatbots use."""
@@ -97,6 +100,7 @@ class Turns:
         *,
         lease_seconds: float = 30,
         budgets: Budgets | None = None,
+        sharing: Sharing | None = None,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
     ) -> None:
@@ -111,7 +115,11 @@ class Turns:
         self._estimates = Estimates()
         self._running: dict[str, RunningTurn] = {}
         self._beginning: dict[str, asyncio.Event] = {}
-        self._elsewhere: dict[str, Reply] = {}
+        self._sharing = sharing or Sharing()
+        self._elsewhere = Following(storage, self._sharing)
+        self._telling = Telling(self._sharing, self._reply, self.left)
+        self._sharing.on("stop", self._asked_to_stop)
+        self._sharing.on("erased", self._asked_to_stop)
         self._trailing: set[asyncio.Task[None]] = set()
         self._chars_per_token: dict[str, float] = {}
         self._keeper: asyncio.Task[None] | None = None
@@ -169,7 +177,7 @@ class Turns:
         """
         if self._closing:
             raise ShuttingDown
-        turn_id = new_id()
+        turn_id = new_turn_id()
         begun = self._beginning[turn_id] = asyncio.Event()
         reserved = None
         try:
@@ -299,8 +307,8 @@ class Turns:
     ) -> TurnResult | None:
         """Ends a turn and says how it ended; what was said so far is kept.
 
-        One that has ended stays as it is. None when another process runs it: it ends when that one
-        renews its lease. Raises `NotFound`, as `follow` does.
+        One that has ended stays as it is. None when another process runs it and did not end it at
+        once: it does when it renews its lease. Raises `NotFound`, as `follow` does.
         """
         if (turn := self._here(chatbot, turn_id, session_id)) is not None:
             turn.end_early(TurnStatus.STOPPED)
@@ -309,7 +317,28 @@ class Turns:
         if record.status is not TurnStatus.RUNNING:
             return TurnResult.of(record)
         await self._storage.stop_turn(turn_id, chatbot.id)
-        return None
+        return await self._stopped_elsewhere(record, chatbot)
+
+    async def _stopped_elsewhere(self, record: TurnRecord, chatbot: Chatbot) -> TurnResult | None:
+        """Tells who runs a turn to end it; None when that takes long, or nobody can be told."""
+        if not self._sharing.is_up:
+            return None
+        self._sharing.tell("stop", turn=record.id)
+        reply = await self._find(record, chatbot.id)
+        reply.add_reader(_reader)
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                return await reply.ended()
+        except TimeoutError:
+            return None
+        finally:
+            reply.remove_reader(_reader)
+
+    def _asked_to_stop(self, message: Told) -> None:
+        """Another process tells that a turn is to end, or that its session was erased."""
+        for turn in list(self._running.values()):
+            if message.get("turn") == turn.id or message.get("session") == turn.reply.session_id:
+                turn.end_early(TurnStatus.STOPPED)
 
     async def stop_in(self, chatbot: Chatbot, session_id: str) -> None:
         """Ends the turn that runs in a session of this chatbot here, if one does."""
@@ -334,32 +363,16 @@ class Turns:
             return turn.reply
         if record.status is not TurnStatus.RUNNING:
             return Reply.of(record)
-        if (reply := self._elsewhere.get(record.id)) is not None and reply.run == record.run:
+        if (reply := self._elsewhere.reply(record)) is not None:
             return reply
-        reply = Reply(record.id, record.session_id, record.run, is_known=False)
-        self._elsewhere[record.id] = reply
-        self._behind(self._look(reply, chatbot_id))
+        reply = self._elsewhere.begin(record, chatbot_id)
+        self._behind(self._elsewhere.follow(reply))
         return reply
 
-    async def _look(self, reply: Reply, chatbot_id: str) -> None:
-        """Asks storage for the end of a turn that another process runs, while anybody waits."""
-        record: TurnRecord | None = None
-        try:
-            while True:
-                await asyncio.sleep(LOOK_SECONDS)
-                with contextlib.suppress(StorageUnavailable):
-                    record = await self._storage.get_turn(reply.turn_id, chatbot_id)
-                    if record is None or record.status is not TurnStatus.RUNNING:
-                        break
-                if not reply.is_read:
-                    return
-        finally:
-            if self._elsewhere.get(reply.turn_id) is reply:
-                del self._elsewhere[reply.turn_id]
-        if record is None:
-            reply.end(_gone(reply))
-        else:
-            reply.end_as(record)
+    def _reply(self, turn_id: str) -> Reply | None:
+        """The reply of a turn that runs here."""
+        turn = self._running.get(turn_id)
+        return turn.reply if turn else None
 
     # Ending
 
@@ -560,19 +573,8 @@ class Turns:
                 self._chars_per_token[model] = 0.8 * known + 0.2 * counted
 
 
-def _gone(reply: Reply) -> TurnResult:
-    """The end of a turn that was erased while it ran elsewhere."""
-    return TurnResult(
-        turn_id=reply.turn_id,
-        status=TurnStatus.INTERRUPTED,
-        reply="",
-        model=None,
-        usage=Usage(),
-        finish_reason=None,
-        history_truncated=False,
-        stored=False,
-        error=NotFound("There is no turn with this id."),
-    )
+def _reader() -> None:
+    """Counts as one who reads."""
 
 
 def _least(*limits: int | None) -> int | None:

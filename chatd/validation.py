@@ -52,7 +52,7 @@ def parse_json(body: bytes) -> Any:
         raise MalformedRequest(f"The body is nested more than {MAX_DEPTH} levels deep.")
     if b"\\u0000" in body and _has_nul(value):
         raise MalformedRequest("The body holds the character U+0000, which cannot be stored.")
-    json.loads(body, object_pairs_hook=_refuse_duplicates, parse_int=_refuse_huge, parse_float=str)
+    _STRICT.decode(body.decode())
     return value
 
 
@@ -75,6 +75,12 @@ def _refuse_huge(digits: str) -> None:
     # 64 bits, signed or not: what a larger one becomes depends on who reads it.
     if len(digits) > MAX_INT_CHARS or not -(2**63) <= int(digits) < 2**64:
         raise MalformedRequest("The body holds a whole number of more than 64 bits.")
+
+
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_refuse_duplicates, parse_int=_refuse_huge, parse_float=str
+)
+"""Reads nothing; raises what `parse_json` does of names and numbers."""
 
 
 def _children(value: Any) -> Iterable[Any]:

@@ -129,12 +129,14 @@ def test_every_setting_of_the_bundled_plugins_is_documented_with_its_default() -
     text = page("docs/configuration.md")
     registry = load_registry()
     storages, providers = bundled(registry.storages), bundled(registry.providers)
+    shared = bundled(registry.shared)
     assert {offer.name for offer in storages} >= {"sqlite", "supabase", "postgres"}
+    assert {offer.name for offer in shared} >= {"memory", "redis"}
     assert {offer.name for offer in providers} >= {"echo", "openai_compatible", "openrouter"}
     settings = [
         (section(text, f"### `use: {offer.name}`"), name, document)
-        for offer in [*storages, *providers]
-        for name, document in offer.schema.document["properties"].items()
+        for offer in [*storages, *providers, *shared]
+        for name, document in offer.schema.document.get("properties", {}).items()
     ]
     for where, name, document in settings:
         assert shown(document.get("default", "")) in row(where, name), name

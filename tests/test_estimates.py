@@ -68,7 +68,7 @@ async def spent(served: Served, bot: Chatbot) -> float:
     """What counts of the chatbot's budget of today."""
     budgets = served.runtime.services.turns._budgets
     assert budgets is not None
-    return budgets._ledgers[bot.id].spent
+    return await budgets.spent(bot.id)
 
 
 @pytest.fixture(params=[30, 0], ids=["by itself", "and read again"])

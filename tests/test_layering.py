@@ -9,13 +9,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"domain", "errors", "sse", "logs", "watchdog", "loop_watch", "tuning"},
     {"validation", "schemas", "http_errors", "origins", "env_file", "metrics", "tracing"},
-    {"storage", "provider", "breaker", "prices", "identity"},
-    {"interceptor", "reply", "racing", "http_provider", "timed_storage"},
-    {"offers"},
+    {"storage", "provider", "shared", "breaker", "prices", "identity"},
+    {"interceptor", "reply", "memory", "racing", "http_provider", "timed_storage"},
+    {"offers", "sharing"},
     {"hookspecs"},
     {"config", "registry"},
     {"routing", "limits", "budgets", "access", "copying", "exporting", "retention"},
-    {"answering", "bookkeeping", "settling", "estimates"},
+    {"answering", "bookkeeping", "settling", "estimates", "elsewhere"},
     {"observing", "turn_spans"},
     {"turns"},
     {"handlers"},
@@ -43,6 +43,10 @@ DOMAIN = {
     "turn_spans",
     "bookkeeping",
     "reply",
+    "elsewhere",
+    "shared",
+    "sharing",
+    "memory",
     "turns",
     "access",
     "limits",
@@ -115,5 +119,7 @@ def test_nothing_in_chatd_names_a_plugin() -> None:
         for path in paths:
             for imported in imports(path):
                 assert not imported.startswith("chatd_plugins"), path
-                assert imported.partition(".")[0] not in {"apsw", "postgrest", "asyncpg"}, path
+                assert imported.partition(".")[0] not in {
+                    *("apsw", "postgrest", "asyncpg", "redis"),
+                }, path
     assert {"sqlite", "echo", "openrouter", "openai_compatible"} <= plugins

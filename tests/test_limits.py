@@ -15,7 +15,9 @@ import pytest
 from chatd.app import packaged_configs
 from chatd.config import ConfigFile
 from chatd.domain import Chatbot, new_id, rates
-from chatd.limits import MemoryWindows, WindowCounters, counted_address
+from chatd.limits import counted_address
+from chatd.memory import MemoryWindows, WindowCounters
+from chatd.shared import Window
 from tests.conftest import Serve
 from tests.support import ECHO_CONFIG, Answer, Served
 from tests.test_http import ORIGIN, assert_problem
@@ -393,29 +395,33 @@ def test_a_client_is_where_the_last_trusted_proxy_saw_it(
 # Counting
 
 
+async def taken(counters: WindowCounters, window: Window) -> bool:
+    """Takes one; whether there was one."""
+    (left,) = await counters.take([window])
+    return left.left > 0
+
+
 async def test_windows_that_ran_out_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = MemoryWindows()
     counters = WindowCounters(windows)
-    (rate,) = rates("5/minute")
     for i in range(1000):
-        assert await counters.take(rate, f"key-{i}")
+        assert await taken(counters, Window(f"key-{i}", 5, 60))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
-    assert await counters.take(rate, "another")
+    assert await taken(counters, Window("another", 5, 60))
     assert sum(len(keys) for keys in windows._taken.values()) == 1
 
 
 async def test_who_asks_the_most_is_not_forgotten_for_those_who_ask_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("chatd.limits.MAX_KEYS", 10)
+    monkeypatch.setattr("chatd.memory.MAX_KEYS", 10)
     counters = WindowCounters()
-    (rate,) = rates("50/minute")
     for i in range(50):
-        assert await counters.take(rate, "flood")
-        assert await counters.take(rate, f"key-{i}")
-    assert not await counters.take(rate, "flood")
-    assert (await counters.left(rate, "key-0"))[0] == 50
+        assert await taken(counters, Window("flood", 50, 60))
+        assert await taken(counters, Window(f"key-{i}", 50, 60))
+    assert not await taken(counters, Window("flood", 50, 60))
+    assert (await counters.left(Window("key-0", 50, 60))).left == 50
 
 
 @pytest.mark.parametrize(

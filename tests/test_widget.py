@@ -480,6 +480,7 @@ def test_too_many_messages_are_told_of_with_the_time_to_wait(
     expect(chat.notice).to_be_hidden(timeout=10_000)
     chat.named("Try again").click()
     expect(chat.theirs).to_have_text("too fast")
+    chat.is_idle()
     assert transcript(watched.page, bots.url) == [("user", "too fast"), ("assistant", "too fast")]
 
 

@@ -24,6 +24,7 @@ from chatd.cli.common import (
     json_option,
     opened_storage,
     opened_with_plugins,
+    tell_changed,
 )
 from chatd.domain import (
     Chatbot,
@@ -75,6 +76,7 @@ async def add(
     async with opened_with_plugins(config_path) as (storage, registry):
         check_options(changed, settings, registry)
         await storage.add_chatbot(chatbot)
+    await tell_changed(config_path, chatbot.id)
     _tell_what_is_missing(chatbot)
     if as_json:
         click.echo(json.dumps({**_shown(chatbot), "api_key": key}))
@@ -145,6 +147,7 @@ async def set_(
             settings=changed,
         )
         await storage.update_chatbot(chatbot)
+    await tell_changed(config_path, chatbot.id)
     click.echo(json.dumps(_shown(chatbot)) if as_json else f'Changed "{chatbot.name}"')
     _tell_what_is_missing(chatbot)
 
@@ -160,6 +163,7 @@ async def rotate_key(bot: str, config_path: Path | None, as_json: bool) -> None:
     async with opened_storage(config_path) as storage:
         chatbot = await find_chatbot(storage, bot)
         await storage.set_api_key(chatbot.id, hash_api_key(key))
+    await tell_changed(config_path, chatbot.id)
     if as_json:
         click.echo(json.dumps({"id": chatbot.id, "api_key": key}))
     else:
@@ -185,6 +189,7 @@ async def identity_secret(
         old = chatbot.settings.identity_secrets[:1] if keep_old else ()
         settings = dataclasses.replace(chatbot.settings, identity_secrets=(secret, *old))
         await storage.update_chatbot(dataclasses.replace(chatbot, settings=settings))
+    await tell_changed(config_path, chatbot.id)
     if as_json:
         click.echo(json.dumps({"id": chatbot.id, "identity_secret": secret}))
     else:
@@ -205,6 +210,7 @@ async def remove(bot: str, config_path: Path | None, yes: bool) -> None:
                 f'Remove "{chatbot.name}" ({chatbot.id}) and all its conversations?', abort=True
             )
         await storage.remove_chatbot(chatbot.id)
+    await tell_changed(config_path, chatbot.id)
     click.echo(f'Removed "{chatbot.name}"')
 
 

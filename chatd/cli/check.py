@@ -11,18 +11,21 @@ from pathlib import Path
 
 import click
 
-from chatd.app import load, open_providers, open_storage, route_models
+from chatd.app import load, open_providers, open_shared, open_storage, route_models
 from chatd.cli.common import asynchronous, config_option, configured, json_option
 from chatd.config import Config
 from chatd.errors import ChatdError, ConfigError, ProviderError, RequestError
 from chatd.registry import Registry
+from chatd.shared import SharedUnavailable
 
 ONLINE_SECONDS = 10.0
 
 
 @click.command()
 @config_option
-@click.option("--online", is_flag=True, help="Ask storage and the providers as well.")
+@click.option(
+    "--online", is_flag=True, help="Ask storage, the providers and what is shared as well."
+)
 @json_option
 @asynchronous
 async def check(config_path: Path | None, online: bool, as_json: bool) -> None:
@@ -66,6 +69,8 @@ async def _ask(config: Config, registry: Registry) -> tuple[list[str], list[str]
             faults.append(f"{name}: {error.kind}: {error.detail}")
         except RequestError as error:
             faults.append(f"{name}: {error.detail}")
+        except SharedUnavailable as error:
+            faults.append(f"{name}: {error}")
         except Exception as error:
             faults.append(f"{name}: {type(error).__name__} in its plugin: {error}")
 
@@ -74,6 +79,9 @@ async def _ask(config: Config, registry: Registry) -> tuple[list[str], list[str]
             storage = await open_storage(config, registry)
             stack.push_async_callback(storage.close)
             await one("storage", storage.check())
+            if (shared := await open_shared(config, registry)) is not None:
+                stack.push_async_callback(shared.close)
+                await one("shared", shared.check())
             providers = await open_providers(config, registry, stack)
             for name, provider in providers.items():
                 await one(f"providers.{name}", provider.check())

@@ -12,12 +12,14 @@ from typing import ParamSpec, TypeVar
 
 import click
 
-from chatd.app import load, open_storage, packaged_config
+from chatd.app import load, open_shared, open_storage, packaged_config
 from chatd.config import find_config
 from chatd.domain import Chatbot, canonical_id
 from chatd.env_file import EnvFile
 from chatd.errors import ChatdError, RequestError
 from chatd.registry import Registry
+from chatd.shared import SharedUnavailable
+from chatd.sharing import tell_once
 from chatd.storage import Storage
 
 P = ParamSpec("P")
@@ -92,6 +94,23 @@ async def opened_with_plugins(config_path: Path | None) -> AsyncIterator[tuple[S
         yield storage, registry
     finally:
         await storage.close()
+
+
+async def tell_changed(config_path: Path | None, chatbot_id: str) -> None:
+    """Tells running servers that a chatbot changed, where the configuration lets them share.
+
+    Else, and when that fails, they see it within `server.chatbot_cache_seconds`.
+    """
+    shared = await open_shared(*load(configured(config_path)))
+    if shared is None:
+        return
+    try:
+        await tell_once(shared, "changed", chatbot=chatbot_id)
+    except SharedUnavailable as error:
+        text = "running servers cannot be told, and see it in some seconds"
+        click.echo(f"chatd: {text}: {error}", err=True)
+    finally:
+        await shared.close()
 
 
 class CliContext:

@@ -48,6 +48,7 @@ def _offers(registry: Registry, plugin: str) -> list[str]:
         "storage": registry.storages.values(),
         "provider": registry.providers.values(),
         "interceptor": registry.interceptors.values(),
+        "shared": registry.shared.values(),
     }
     return [
         f"{kind} {offer.name}: {offer.description}"

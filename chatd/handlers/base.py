@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
-import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -42,6 +42,7 @@ from chatd.handlers.problems import (
 )
 from chatd.limits import Admission, Kind, Limits
 from chatd.metrics import Metrics
+from chatd.sharing import Sharing
 from chatd.storage import Storage
 from chatd.tracing import Tracing
 from chatd.turns import Turns
@@ -130,6 +131,7 @@ class Services:
     access: Access
     limits: Limits
     turns: Turns
+    sharing: Sharing
     metrics: Metrics
     tracing: Tracing | None = None
 
@@ -160,7 +162,7 @@ class ApiHandler(RequestHandler):
         self.is_gone = False
         self.on_gone: Callable[[], None] | None = None
         given = self.request.headers.get("X-Request-Id", "")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         logs.request_id.set(self.request_id)
         self._common_headers()
 

@@ -100,6 +100,7 @@ class OneSessionHandler(TurnHandler):
         await self.services.turns.stop_in(chatbot, session)
         if not await self.services.storage.delete_session(session, chatbot.id):
             raise NotFound("This chatbot has no session with this id.")
+        self.services.sharing.tell("erased", session=session)
         self.answer_nothing()
 
 

@@ -102,7 +102,7 @@ class UIMessageStream:
         self._base = (reply.run - 1) * RUN_STRIDE
         after -= self._base
         self._after = after if 0 < after < RUN_STRIDE and _is_of(after, reply) else 0
-        # What another process said is known at its end, and only then whether the id is of it.
+        # What another process says may not be known yet, so neither whether the id is of it.
         self._is_unsure = reply.result is None and not reply.is_known
         self._go_on(self._after)
 
@@ -116,7 +116,7 @@ class UIMessageStream:
 
     def advance(self) -> bytes:
         reply, events = self._reply, []
-        if self._is_unsure and reply.result is not None:
+        if self._is_unsure and (reply.result is not None or reply.is_known):
             self._is_unsure = False
             if self._after and not _is_of(self._after, reply):
                 self._go_on(0)
@@ -229,6 +229,7 @@ class _Writer:
             self._timer.cancel()
             self._leave()
             self._reply.remove_reader(self._wake)
+            self._handler.on_gone = None
 
     def _leave(self) -> None:
         if not self._ended.done():
@@ -368,15 +369,17 @@ class TurnHandler(ApiHandler):
             gone()
         assert self.chatbot is not None
         try:
+            if not started.replayed:
+                return (await reply.ended()).require()
             # A turn that was there before may be a stream's, which may take longer.
-            limit = self.services.turns.timeouts(self.chatbot).plain if started.replayed else None
-            async with asyncio.timeout(limit):
-                result = await reply.ended()
+            async with asyncio.timeout(self.services.turns.timeouts(self.chatbot).plain):
+                return (await reply.ended()).require()
         except TimeoutError:
             raise ProviderTimeout from None
         finally:
             reply.remove_reader(reader)
-        return result.require()
+            # It knows this handler, which would stay until cycles are looked for.
+            self.on_gone = None
 
     async def events(self, reply: Reply, *, after: int = 0, private: bool) -> None:
         """Answers with the reply's events, from after the one that the reader has."""

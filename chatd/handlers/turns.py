@@ -136,7 +136,7 @@ def _routes(prefix: str, tag: str, auth: Auth, *refused: type[RequestError]) -> 
     stop = Operation(
         summary="Stop a turn",
         description="Ends the answer; what was said so far is kept. `status` is `running` when "
-        "another process runs the turn, which ends it within ten seconds.",
+        "another process runs the turn and cannot be told at once; it ends it within ten seconds.",
         auth=auth,
         response="stopped_turn",
         parameters=read,

@@ -72,6 +72,7 @@ FAMILIES = [
     Family("chatd_open_streams", "gauge", "Answers that are being streamed.", ("worker",)),
     Family("chatd_unstored_turns", "gauge", "Ended turns that storage does not have.", ("worker",)),
     Family("chatd_stuck_turns", "gauge", "Turns given up that do not end.", ("worker",)),
+    Family("chatd_shared_up", "gauge", "1 while shared state answers, else 0.", ("worker",)),
     Family(
         "chatd_breaker_state",
         "gauge",

@@ -7,7 +7,10 @@ import pytest
 
 # So that a test that fails shows its values; pytest does that unasked for test files alone.
 pytest.register_assert_rewrite(
-    "chatd.testing.faults", "chatd.testing.provider", "chatd.testing.storage"
+    "chatd.testing.faults",
+    "chatd.testing.provider",
+    "chatd.testing.shared",
+    "chatd.testing.storage",
 )
 
 from chatd.testing.fake_provider import FakeProvider  # noqa: E402
@@ -17,6 +20,7 @@ from chatd.testing.provider import (  # noqa: E402
     ProviderCase,
     ProviderConformance,
 )
+from chatd.testing.shared import SharedConformance  # noqa: E402
 from chatd.testing.storage import StorageConformance  # noqa: E402
 from chatd.testing.wire import AnthropicWire, OpenAIWire, WireFormat  # noqa: E402
 
@@ -28,6 +32,7 @@ __all__ = [
     "OpenAIWire",
     "ProviderCase",
     "ProviderConformance",
+    "SharedConformance",
     "StorageConformance",
     "WireFormat",
 ]

@@ -320,11 +320,12 @@ export function openChat(api: Api, view: ChatView, source: TokenSource): Chat {
     chat.messages = chat.messages.filter((message) => message !== answer);
     question.state = "failed";
     question.note = stopping ? "stopped" : wordFor(error);
+    const barred = retryAfter > 0 && retryAfter <= MOST_BARRED_SECONDS && code !== "budget_exhausted";
+    // How long to wait stands in the notice, and nothing else that contradicts it.
+    if (barred && question.note === "budget") question.note = "failed";
     view.onReset();
     view.onFinished(question);
-    if (retryAfter > 0 && retryAfter <= MOST_BARRED_SECONDS && code !== "budget_exhausted") {
-      say({ word: "wait", until: Date.now() + retryAfter * 1000 });
-    }
+    if (barred) say({ word: "wait", until: Date.now() + retryAfter * 1000 });
   }
 
   /** Follows a turn through lost connections. Returns at its end, and throws what it failed of. */

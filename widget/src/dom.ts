@@ -36,7 +36,7 @@ export function rename(target: HTMLButtonElement, name: string, icon?: string): 
 }
 
 export const ICONS = {
-  chat: "M5 4.5h14A2.5 2.5 0 0 1 21.5 7v8a2.5 2.5 0 0 1-2.5 2.5h-7L7 21.5v-4H5A2.5 2.5 0 0 1 2.5 15V7A2.5 2.5 0 0 1 5 4.5zM8 9.5h8M8 13h5",
+  chat: "M5 4h14a2 2 0 0 1 2 2v9a2 2 0 0 1-2 2h-7l-5 4v-4H5a2 2 0 0 1-2-2V6a2 2 0 0 1 2-2zM8 9h8M8 13h5",
   close: "M6 6l12 12M18 6L6 18",
   fresh: "M12 5v14M5 12h14",
   send: "M12 19V5M5.5 11.5L12 5l6.5 6.5",

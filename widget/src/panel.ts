@@ -84,6 +84,8 @@ export function makePanel(options: PanelOptions): Panel {
   let greeting: Message | undefined;
   let ticking = 0;
   let drawing = 0;
+  /** Whether the list goes on showing its end. */
+  let follows = true;
   const view: ChatView = { onReset, onMessage, onBusy, onNotice, onFinished };
   const chat = openChat(options.api, view, options.source);
   input.addEventListener("input", fit);
@@ -94,6 +96,11 @@ export function makePanel(options: PanelOptions): Panel {
     if (!chat.busy) pressed();
   });
   fit();
+  // What was read at the list's end stays there when a notice, the input or a keyboard takes room.
+  scroll.addEventListener("scroll", () => {
+    follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < NEAR;
+  });
+  new ResizeObserver(() => follows && toEnd()).observe(scroll);
   return { element, chat, introduce, send, reset, focus, onReset, dispose };
 
   function introduce(bot: Bot): void {
@@ -194,8 +201,6 @@ export function makePanel(options: PanelOptions): Panel {
   function redraw(): void {
     cancelAnimationFrame(drawing);
     drawing = 0;
-    const { scrollHeight, scrollTop, clientHeight } = scroll;
-    let follows = scrollHeight - scrollTop - clientHeight < NEAR;
     for (const message of changed) {
       if (!all().includes(message)) continue;
       // Who says something wants to see it.
@@ -205,7 +210,11 @@ export function makePanel(options: PanelOptions): Panel {
     }
     changed.clear();
     frame();
-    if (follows) scroll.scrollTop = scroll.scrollHeight;
+    if (follows) toEnd();
+  }
+
+  function toEnd(): void {
+    scroll.scrollTop = scroll.scrollHeight;
   }
 
   /** What stands around the messages. */

@@ -18,7 +18,7 @@ export async function* readEvents(response: Response): AsyncGenerator<ServerEven
     for (;;) {
       let timer = 0;
       const silence = new Promise<never>((_, reject) => {
-        timer = setTimeout(reject, SILENCE_MS, new TypeError("silence"));
+        timer = setTimeout(reject, SILENCE_MS, new TypeError());
       });
       const { done, value } = await Promise.race([reader.read(), silence]).finally(() =>
         clearTimeout(timer),

@@ -5,7 +5,15 @@ const line = document.getElementById("line");
 const looks = document.getElementById("looks");
 const DEFAULTS = { accent: "#2457d6" };
 
+// On a wide screen the text stands where the chat does not.
+function makeRoom() {
+  const launcher = document.querySelector("chatd-widget")?.shadowRoot.querySelector(".launcher");
+  const isLeft = launcher?.getBoundingClientRect().left < innerWidth / 2;
+  document.body.classList.toggle("right", isLeft);
+}
+
 (window.chatd ||= []).push((chatd) => {
+  chatd.on("ready", makeRoom);
   document.getElementById("open").addEventListener("click", () => chatd.open());
   // Where there is room for both, the chat is what one sees first.
   if (innerWidth >= 1180 && innerHeight >= 640) chatd.open();
@@ -22,6 +30,7 @@ looks.addEventListener("input", () => {
       chat?.removeAttribute(name);
     }
   }
+  makeRoom();
   line.textContent = line.dataset.line.replace("></script>", `${attributes}></script>`);
 });
 

@@ -4,7 +4,7 @@ export type Align = "start" | "center" | "end" | undefined;
 
 export type Block =
   | { kind: "paragraph"; text: string }
-  | { kind: "heading"; level: number; text: string }
+  | { kind: "heading"; text: string }
   | { kind: "code"; language: string; text: string }
   | { kind: "rule" }
   | { kind: "quote"; text: string }
@@ -13,7 +13,7 @@ export type Block =
 
 const BLANK = /^\s*$/;
 const FENCE = /^ {0,3}(`{3,}|~{3,}) *([^\s`]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
+const HEADING = /^ {0,3}#{1,6}(?:[ \t]+(.*))?$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
@@ -47,8 +47,8 @@ function blockAt(lines: string[], at: number, open: boolean): [Block, number] {
   if (fence) return code(lines, at, fence);
   const heading = HEADING.exec(line);
   if (heading) {
-    const text = (heading[2] ?? "").replace(/(?:^|[ \t]+)#+[ \t]*$/, "");
-    return [{ kind: "heading", level: heading[1]?.length ?? 1, text }, at + 1];
+    const text = (heading[1] ?? "").replace(/(?:^|[ \t]+)#+[ \t]*$/, "");
+    return [{ kind: "heading", text }, at + 1];
   }
   if (RULE.test(line)) return [{ kind: "rule" }, at + 1];
   if (QUOTE.test(line)) {

@@ -8,7 +8,7 @@ const MOST_DEEP = 16;
 
 /** Shows a text. Blocks that did not change since the last update keep their elements. */
 export class MarkdownView {
-  readonly element = make("div", { class: "text", dir: "auto" });
+  readonly element = make("div", { class: "text" });
   readonly #copy: string;
   #shown: string[] = [];
 
@@ -36,6 +36,8 @@ export class MarkdownView {
         return;
       }
       const made = render(block, open && i === last, this.#copy, 0);
+      // A whole list or table has one direction: its numbers and columns follow its words.
+      made.dir ||= "auto";
       if (old) old.replaceWith(made);
       else this.element.append(made);
     });
@@ -47,14 +49,14 @@ export class MarkdownView {
 function render(block: Block, open: boolean, copy: string, depth: number): HTMLElement {
   switch (block.kind) {
     case "paragraph":
-      return make("p", { dir: "auto" }, ...inline(block.text, open));
+      return make("p", {}, ...inline(block.text, open));
     case "heading":
       // One level for all: the page's own outline is not the message's to change.
-      return make("h3", { dir: "auto" }, ...inline(block.text, open));
+      return make("h3", {}, ...inline(block.text, open));
     case "rule":
       return make("hr");
     case "quote":
-      return make("blockquote", { dir: "auto" }, ...inside(block.text, open, copy, depth));
+      return make("blockquote", {}, ...inside(block.text, open, copy, depth));
     case "list":
       return list(block, open, copy, depth);
     case "table":
@@ -78,7 +80,7 @@ function list(
   depth: number,
 ): HTMLElement {
   const made = items.map((item, i) =>
-    make("li", { dir: "auto" }, ...inside(item, open && i === items.length - 1, copy, depth)),
+    make("li", {}, ...inside(item, open && i === items.length - 1, copy, depth)),
   );
   if (start === undefined) return make("ul", {}, ...made);
   return make("ol", { start: start === 1 ? undefined : String(start) }, ...made);
@@ -93,7 +95,7 @@ function table({ aligns, rows }: Block & { kind: "table" }, open: boolean): HTML
       ...head.map((_, i) => {
         const written = last && i === texts.length - 1;
         const align = aligns[i];
-        const cell = make(kind, { dir: "auto" }, ...inline(texts[i] ?? "", open && written));
+        const cell = make(kind, {}, ...inline(texts[i] ?? "", open && written));
         if (align) cell.style.textAlign = align;
         return cell;
       }),
