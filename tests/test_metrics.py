@@ -248,6 +248,20 @@ async def test_failures_of_storage_are_told_by_operation(serve: Serve) -> None:
     assert told.of("chatd_storage_errors_total", operation="get_chatbot_by_key") == 0
 
 
+async def test_shared_state_that_is_gone_is_told_and_its_password_is_not(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = "shared: {use: redis, url: 'redis://:canary-password@127.0.0.1:9'}\n"
+    served = await serve(WITH_TOKEN + shared)
+    bot = await served.add_bot()
+    assert (await served.chat(bot, await served.session(bot), "hi")).status == 200
+    told = await numbers(served)
+    assert told.labels("chatd_shared_up") == [{"worker": "1"}]
+    assert told.of("chatd_shared_up") == 0
+    assert "canary-password" not in told.text + caplog.text
+    assert "127.0.0.1:9" in caplog.text
+
+
 # A storage that is timed is still the plugin's
 
 
