@@ -64,6 +64,7 @@ setup(
         "orjson>=3.10,<4",
         "pluggy>=1.6,<2",
         "postgrest>=2.20,<3",
+        "prometheus_client>=0.22,<1",
         "PyJWT>=2.12,<3",
         "python-dotenv>=1.1,<2",
         "PyYAML>=6.0.2,<7",
@@ -71,6 +72,10 @@ setup(
     ],
     extras_require={
         "postgres": ["asyncpg>=0.30,<1"],
+        "otel": [
+            "opentelemetry-exporter-otlp-proto-http>=1.30,<2",
+            "opentelemetry-sdk>=1.30,<2",
+        ],
         "redis": ["redis>=8,<9"],
         "uvloop": ["uvloop>=0.21,<1; sys_platform != 'win32'"],
     },

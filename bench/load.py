@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,29 +79,40 @@ class Result:
 class Connection:
     """A connection that asks one request at a time."""
 
-    __slots__ = ("busy", "due", "first", "request", "socket", "unread")
+    __slots__ = ("again", "busy", "due", "first", "request", "socket", "unread")
 
     def __init__(self, port: int, request: bytes) -> None:
-        self.open(port)
         self.request = request
-        self.unread = b""
         self.first = self.due = 0.0
         self.busy = False
+        self.open(port)
 
     def open(self, port: int) -> None:
         """Connects, anew after the server hung up."""
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
+        self.unread = b""
+        self.again = False
 
     def ask(self, due: float) -> None:
         """Sends the request, whose time counts from when it was due."""
         self.due, self.first, self.busy = due, 0.0, True
-        self.socket.sendall(self.request)
+        # When the server just closed the connection, reading tells so.
+        with suppress(ConnectionError):
+            self.socket.sendall(self.request)
 
     def read(self, first: bytes) -> bytes | None:
-        """The answer, once it is whole."""
-        data = self.socket.recv(1 << 20)
+        """The answer, once it is whole.
+
+        :raises ConnectionResetError: when the server closed a connection that had an answer before,
+            and said nothing to this request: it was idle for too long, and can be opened anew.
+        """
+        data = b""
+        with suppress(ConnectionError):
+            data = self.socket.recv(1 << 20)
+        if not data and self.again and not self.unread:
+            raise ConnectionResetError
         if not data:
             raise SystemExit(f"the server hung up: {self.unread[:500]!r}")
         self.unread = data = self.unread + data if self.unread else data
@@ -108,7 +120,7 @@ class Connection:
             self.first = time.perf_counter()
         if not is_whole(data):
             return None
-        self.unread, self.busy = b"", False
+        self.unread, self.busy, self.again = b"", False, True
         return data
 
 
@@ -141,12 +153,14 @@ class Load:
         self._epoll.register(connection.socket.fileno(), select.EPOLLIN)
 
     def _reopen(self, connection: Connection) -> None:
-        """Servers close connections that were idle for a while."""
+        """Servers close connections that were idle for a while, some as a request is on its way."""
         self._epoll.unregister(connection.socket.fileno())
         del self._connections[connection.socket.fileno()]
         connection.socket.close()
         connection.open(self._job.port)
         self._watch(connection)
+        if connection.busy:
+            connection.ask(connection.due)
 
     def run(self) -> Result:
         """Warms up, measures, and waits for the answers that are still to come."""
@@ -185,7 +199,8 @@ class Load:
         due, waiting = start, deque[float]()
         while (now := time.perf_counter()) < end:
             while due <= now:
-                waiting.append(due)
+                # A server has no part in it when the load itself woke late.
+                waiting.append(now if len(self._free) > len(waiting) else due)
                 due += clock.expovariate(self._job.rate)
             while waiting and self._free:
                 self._free.popleft().ask(waiting.popleft())
@@ -205,7 +220,13 @@ class Load:
             connection = self._connections[number]
             if not connection.busy:
                 self._reopen(connection)
-            elif (answer := connection.read(self._job.first)) is not None:
+                continue
+            try:
+                answer = connection.read(self._job.first)
+            except ConnectionResetError:
+                self._reopen(connection)
+                continue
+            if answer is not None:
                 self._ended(connection, answer)
 
     def _ended(self, connection: Connection, answer: bytes) -> None:

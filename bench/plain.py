@@ -33,13 +33,14 @@ async def _seed_sqlite(folder: Path, seeds: Seeds) -> list[str]:
 def on_postgresql(folder: Path, database: Supabase) -> list[Subject]:
     """Those whose turns are stored in PostgreSQL, all with sessions of their own."""
     key, url = jwt("service_role"), database.postgrest.url
-    sessions = asyncio.run(_seed_postgres(database.postgres.url, 3))
+    sessions = asyncio.run(_seed_postgres(database.postgres.url, 4))
     supabase = {"use": "supabase", "url": url, "rest_path": "", "key": key}
     postgres = {"use": "postgres", "url": database.postgres.url}
     return [
         subjects.chatd("supabase", folder / "supabase", supabase, sessions[0]),
         subjects.chatd("postgres", folder / "postgres", postgres, sessions[1]),
-        subjects.fastapi(folder / "fastapi", url, key, sessions[2]),
+        subjects.fastapi("async", folder / "fastapi_async", url, key, sessions[2]),
+        subjects.fastapi("sync", folder / "fastapi_sync", url, key, sessions[3]),
     ]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.targets import Samples, Verdict, spread
+from bench.targets import Samples, Verdict, spread, values_of
 
 COLUMNS = (
     ("turns/s", "rate", ".0f", None),
@@ -25,6 +25,7 @@ COLUMNS = (
     ("start s", "cold", ".2f", None),
     ("streams: gap p99 ms", "gap", ".0f", None),
     ("core %", "stream_cpu", ".0f", None),
+    ("load's core %", "load_cpu", ".0f", None),
     ("KiB each", "stream_memory", ".0f", None),
 )
 """Heading, measure, format, and whose value it is compared with."""
@@ -50,8 +51,8 @@ def machine() -> dict[str, Any]:
 
 def cell(samples: Samples, subject: str, measure: str, form: str, other: str | None) -> str:
     """A figure of the table; a dash where it was not measured."""
-    own = samples.get(subject, {}).get(measure)
-    base = samples.get(other, {}).get(measure) if other else None
+    own = values_of(samples, subject, measure)
+    base = values_of(samples, other, measure) if other else None
     if not own or (other and (not base or other == subject)):
         return NOTHING
     if base is None:

@@ -33,7 +33,9 @@ class Plan:
     starts: int = 5
 
 
-SHORT = Plan(rounds=7, seconds=1.5, timed_rounds=2, timed_seconds=2, streamed_rounds=0, starts=3)
+SHORT = Plan(7, 1.5, timed_rounds=1, timed_seconds=3, streamed_rounds=0, starts=1)
+QUICK = Plan(3, 2, timed_rounds=1, timed_seconds=5, streamed_rounds=1, streamed_seconds=5, starts=1)
+"""Shows that every subject works, and about how quick it is."""
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

@@ -2,7 +2,8 @@
 
 The mock sends tokens at the rate asked for, and a process of its own reads every stream (this module,
 run as a program with a job on stdin). A server is started anew for each round, since memory that was
-freed stays with a process. Gaps count once every stream is open, and hold the reader's delays too.
+freed stays with a process. Gaps count once every stream is open, and hold the delays of the reader and
+the mock, which is read without a server between in each round too: what is late then is theirs.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Reader:
             self._take()
         self._gaps.clear()
         self._tokens = 0
-        cpu, own, start = cpu_seconds(pids), time.process_time(), time.perf_counter()
+        cpu, load, start = cpu_seconds(pids), self._load_seconds(), time.perf_counter()
         while time.perf_counter() < start + self._job["seconds"]:
             self._take()
         passed = time.perf_counter() - start
@@ -77,8 +78,12 @@ class Reader:
             "events": self._tokens / passed,
             "stream_cpu": (cpu_seconds(pids) - cpu) / passed * 100,
             "stream_memory": (resident(pids) - idle) * 1024 / len(self._streams),
-            "reader_cpu": (time.process_time() - own) / passed * 100,
+            "load_cpu": (self._load_seconds() - load) / passed * 100,
         }
+
+    def _load_seconds(self) -> float:
+        """CPU seconds of what is not measured: the mock, and this reader."""
+        return cpu_seconds(self._job["mock"]) + time.process_time()
 
     def _open(self, request: str) -> None:
         stream = socket.create_connection(("127.0.0.1", self._job["port"]), timeout=10)
@@ -108,8 +113,8 @@ def check_head(data: bytes) -> None:
         raise SystemExit(f"a stream is refused: {data[:1000]!r}")
 
 
-def read(subject: Subject, plan: Streams, cores: frozenset[int]) -> dict[str, float]:
-    """What a process on these cores sees of the streams of a server.
+def read(subject: Subject, mock: Mock, plan: Streams, cores: frozenset[int]) -> dict[str, float]:
+    """What a process on these cores sees of the streams of a server, or of the mock itself.
 
     A server that does not keep up with them all has `failed`.
     """
@@ -119,7 +124,7 @@ def read(subject: Subject, plan: Streams, cores: frozenset[int]) -> dict[str, fl
         done = subprocess.run(
             [sys.executable, "-m", "bench.streams"],
             cwd=ROOT,
-            input=json.dumps({**job, "pids": subject.pids()}).encode(),
+            input=json.dumps({**job, "pids": subject.pids(), "mock": mock.pids()}).encode(),
             stdout=subprocess.PIPE,
             timeout=START_SECONDS + plan.seconds + 30,
             check=False,
@@ -154,20 +159,26 @@ def subjects_of(folder: Path, count: int) -> Sequence[Subject]:
     ]
 
 
+def _keep(found: dict[str, float], samples: dict[str, list[float]]) -> None:
+    for name, value in found.items():
+        samples[name].append(value)
+
+
 def measure(
     folder: Path, plan: Streams, samples: Samples, cores: tuple[frozenset[int], frozenset[int]]
 ) -> None:
     """Measures each subject in turn, round after round."""
     mock = paced_mock(folder / "mock", plan)
+    mock.streamed = [wording.chat("-", stream=True)] * plan.count
     mock.start("", cores[1])
     try:
         chosen = subjects_of(folder, plan.count)
         for _ in range(plan.rounds):
+            _keep(read(mock, mock, plan, cores[1]), samples["mock"])
             for subject in chosen:
                 subject.start(mock.url, cores[0])
                 try:
-                    for name, value in read(subject, plan, cores[1]).items():
-                        samples[subject.name][name].append(value)
+                    _keep(read(subject, mock, plan, cores[1]), samples[subject.name])
                 finally:
                     subject.close()
     finally:

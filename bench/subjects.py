@@ -149,13 +149,16 @@ def chatd(
     )
 
 
-def fastapi(folder: Path, postgrest: str, key: str, sessions: Sequence[str]) -> Subject:
-    """What one would write in an afternoon, on the same tables and the same PostgREST."""
+def fastapi(name: str, folder: Path, postgrest: str, key: str, sessions: Sequence[str]) -> Subject:
+    """What one would write in an afternoon, on the same tables and the same PostgREST.
+
+    :param name: `async` or `sync`.
+    """
     python = str(ROOT / ".venv-bench" / "bin" / "python")
     return Subject(
-        "fastapi",
-        "FastAPI + supabase-py",
-        [python, "-m", "uvicorn", "bench.fastapi_app:app", "--port", "%(port)s"],
+        f"fastapi_{name}",
+        f"FastAPI + supabase-py, {name}",
+        [python, "-m", "uvicorn", f"bench.fastapi_{name}:app", "--port", "%(port)s"],
         folder,
         plain=wording.chats(sessions),
         streamed=wording.chats(sessions, stream=True),

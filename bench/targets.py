@@ -11,14 +11,21 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-Samples = defaultdict[str, defaultdict[str, list[float]]]
+Samples: TypeAlias = defaultdict[str, defaultdict[str, list[float]]]
 """Values by subject and measure."""
 
 
 def no_samples() -> Samples:
     """Where samples are put."""
     return defaultdict(lambda: defaultdict(list))
+
+
+def values_of(samples: Samples, subject: str, measure: str) -> list[float]:
+    """What each round shows of a subject; empty when the run did not measure it."""
+    found = samples.get(subject)
+    return (found.get(measure) if found else None) or []
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,11 @@ class Target:
 
     def values(self, samples: Samples) -> list[float]:
         """What each round shows; empty when the run did not measure it."""
-        own = samples.get(self.subject, {}).get(self.measure, [])
+        own = values_of(samples, self.subject, self.measure)
         other = self.over or self.beyond
         if other is None:
             return own
-        pairs = zip(own, samples.get(other, {}).get(self.measure, []), strict=False)
+        pairs = zip(own, values_of(samples, other, self.measure), strict=False)
         return [mine / its if self.over else mine - its for mine, its in pairs]
 
     @property
@@ -60,7 +67,7 @@ class Target:
     def judge(self, samples: Samples) -> Verdict | None:
         """How the run stands to it; None when the run did not measure it."""
         values = self.values(samples)
-        if self.streams and samples.get(self.subject, {}).get("failed"):
+        if self.streams and values_of(samples, self.subject, "failed"):
             return Verdict(self, math.inf, 0, False, True)
         if not values:
             return None
@@ -92,7 +99,8 @@ def spread(values: Sequence[float]) -> float:
 TARGETS = (
     Target("turns/s on sqlite, to the limit", "sqlite", "rate", at_least=0.60, over="limit", unit="x", short=True),
     Target("turns/s on supabase, to the limit", "supabase", "rate", at_least=0.30, over="limit", unit="x"),
-    Target("turns/s on supabase, to FastAPI + supabase-py", "supabase", "rate", at_least=10, over="fastapi", unit="x"),
+    Target("turns/s on supabase, to FastAPI + supabase-py, async", "supabase", "rate", at_least=10, over="fastapi_async", unit="x"),
+    Target("turns/s on supabase, to FastAPI + supabase-py, sync", "supabase", "rate", at_least=10, over="fastapi_sync", unit="x"),
     Target("turns/s on sqlite, to LiteLLM", "sqlite", "rate", at_least=25, over="litellm", unit="x"),
     Target("CPU per turn on sqlite, to the limit", "sqlite", "cpu", at_most=0.75 / 0.42, over="limit", unit="x", short=True),
     Target("added latency p50 at 100 turns/s", "sqlite", "p50", at_most=3, beyond="mock", unit=" ms"),
@@ -106,7 +114,14 @@ TARGETS = (
 )  # fmt: skip
 
 
+HELD = (
+    Target("turns/s on sqlite, to the limit: CI holds", "sqlite", "rate", at_least=0.38, over="limit", unit="x", short=True),
+    Target("CPU per turn on sqlite, to the limit: CI holds", "sqlite", "cpu", at_most=2.6, over="limit", unit="x", short=True),
+)  # fmt: skip
+"""What is reached, short of the targets: it may not get worse. Raise it with each gain."""
+
+
 def verdicts(samples: Samples, *, short: bool) -> list[Verdict]:
-    """How a run stands to the targets that it measured; `short` leaves out what only shows there."""
-    chosen = [target for target in TARGETS if target.short or not short]
+    """How a run stands to the targets that it measured; the short form to what is held as well."""
+    chosen = [*(target for target in TARGETS if target.short), *HELD] if short else TARGETS
     return [verdict for target in chosen if (verdict := target.judge(samples))]

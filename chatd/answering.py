@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
@@ -48,6 +49,7 @@ MAX_RETRY_AFTER = 60.0
 class RunningTurn:
     """A turn that runs.
 
+    `since` is when it was accepted, on `time.monotonic`; `span` is there while turns are traced.
     `ending` is how it is to end, when it was told to end before its answer does.
     """
 
@@ -66,6 +68,8 @@ class RunningTurn:
     is_late: bool = False
     began: bool = False
     reserved: Reservation | None = None
+    since: float = field(default_factory=time.monotonic)
+    span: Any = None
     _half: str = ""
     _thought_bytes: int = 0
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Set
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,15 +17,17 @@ from tornado.web import Application, RequestHandler
 import chatd
 from chatd import logs, openapi
 from chatd.access import Access
+from chatd.breaker import BreakerState
 from chatd.budgets import Budgets
 from chatd.config import Ask, Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
-from chatd.handlers import bot, chat, docs, health, openai, sessions, turns, widget
+from chatd.handlers import bot, chat, docs, health, metrics, openai, sessions, turns, widget
 from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
 from chatd.interceptor import Interceptor
 from chatd.limits import Limits
 from chatd.memory import MemoryShared
+from chatd.metrics import Metrics, Sample
 from chatd.offers import Offer
 from chatd.provider import Provider, takes
 from chatd.registry import Registry, load_registry
@@ -33,12 +35,16 @@ from chatd.routing import Router, Rule, Target
 from chatd.shared import Shared
 from chatd.sharing import Sharing
 from chatd.storage import Storage
+from chatd.timed_storage import timed, traced
+from chatd.tracing import Tracing
 from chatd.turns import Turns
 
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 10.0
 """How long a plugin may take to close."""
+
+_STATES = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
 OPEN_SECONDS = 30.0
 """How long a plugin may take to open before the start is given up."""
@@ -239,12 +245,21 @@ async def open_runtime(
     registry: Registry,
     stack: AsyncExitStack,
     sharing: Sharing | None = None,
+    numbers: Metrics | None = None,
 ) -> Runtime:
     """Opens everything; `stack` closes it in the right order. Raises `PluginError`.
 
     :param sharing: what is shared with other processes, when that is open already.
+    :param numbers: what this process counts for Prometheus, when it does already.
     """
-    storage = await open_storage(config, registry)
+    numbers = numbers or Metrics()
+    tracing = None
+    if config.server.tracing != "none":
+        tracing = Tracing(chatd.__version__)
+        stack.push_async_callback(asyncio.to_thread, tracing.close)
+    storage = timed(await open_storage(config, registry), numbers)
+    if tracing is not None:
+        storage = traced(storage, tracing)
     stack.push_async_callback(_closed, "storage", storage.close)
     answerers = await open_answerers(config, registry)
     stack.push_async_callback(answerers.close)
@@ -258,10 +273,12 @@ async def open_runtime(
         lease_seconds=config.server.lease_seconds,
         budgets=budgets,
         sharing=sharing,
+        metrics=numbers,
+        tracing=tracing,
     )
     stack.push_async_callback(running.close)
     await running.open()
-    runtime = _put_together(config, registry, storage, running, answerers, sharing)
+    runtime = _put_together(config, registry, storage, running, answerers, sharing, tracing)
     await sharing.open()
     if sharing.is_shared:
         sharing.spawn(budgets.keep())
@@ -278,7 +295,13 @@ async def open_again(config: Config, registry: Registry, runtime: Runtime) -> Ru
     answerers = await open_answerers(config, registry)
     try:
         made = _put_together(
-            config, registry, services.storage, services.turns, answerers, services.sharing
+            config,
+            registry,
+            services.storage,
+            services.turns,
+            answerers,
+            services.sharing,
+            services.tracing,
         )
     except PluginError:
         await answerers.close()
@@ -296,6 +319,7 @@ def _put_together(
     running: Turns,
     answerers: Answerers,
     sharing: Sharing,
+    tracing: Tracing | None,
 ) -> Runtime:
     """What is open, as an application. Raises `PluginError`."""
     access = Access(
@@ -310,9 +334,24 @@ def _put_together(
         sharing.on_missed(access.forget_chatbots),
     )
     limits = Limits(config.limits, sharing, trusted_proxies=config.server.trusted_proxies)
-    services = Services(config.server, storage, access, limits, running, sharing)
+    running.metrics.sources["runtime"] = partial(_gauges, running, answerers.router, sharing)
+    services = Services(
+        config.server, storage, access, limits, running, sharing, running.metrics, tracing
+    )
     application = build_application(services, registry.routes)
     return Runtime(application, services, answerers, unlisten)
+
+
+def _gauges(running: Turns, router: Router, sharing: Sharing) -> Iterator[Sample]:
+    """What there is of things that come and go."""
+    yield "chatd_info", (chatd.__version__,), 1
+    yield "chatd_running_turns", (), running.count
+    yield "chatd_unstored_turns", (), running.unstored
+    yield "chatd_stuck_turns", (), len(running.stuck)
+    if sharing.is_shared:
+        yield "chatd_shared_up", (), float(sharing.is_up)
+    for pair, state in router.states().items():
+        yield "chatd_breaker_state", pair, _STATES[state]
 
 
 async def first_chatbot(config: Config, storage: Storage) -> tuple[Chatbot, str] | None:
@@ -344,7 +383,7 @@ def routes() -> list[Route]:
         *health.ROUTES,
         docs.openapi_route(document),
     ]
-    return [*described, *docs.ROUTES, *widget.ROUTES]
+    return [*described, *docs.ROUTES, *widget.ROUTES, *metrics.ROUTES]
 
 
 def build_application(
@@ -392,6 +431,10 @@ def _log_request(handler: RequestHandler) -> None:
     }
     if isinstance(handler, ApiHandler):
         fields["route"] = handler.route.path if handler.route else "-"
+        handler.end_span()
+        handler.services.metrics.request(
+            fields["route"], handler.request.method or "", fields["status"], fields["ms"] / 1000
+        )
         fields["request_id"] = handler.request_id
         if handler.error_code:
             fields["code"] = handler.error_code

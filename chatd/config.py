@@ -56,6 +56,8 @@ class ServerConfig:
     drain_seconds: float = 25
     lease_seconds: float = 30
     trusted_proxies: int = 0
+    metrics_token: str | None = field(default=None, repr=False)
+    tracing: Literal["none", "own", "continue"] = "none"
     workers: int = 1
     header_timeout: float = 15
     keep_alive_seconds: float = 100

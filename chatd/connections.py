@@ -130,6 +130,8 @@ class ClientServer(HTTPServer):
         )
         # Those of Tornado make a task or a timer for each request.
         self.conn_params.header_timeout = self.conn_params.body_timeout = None
+        self.on_refused: Callable[[], None] | None = None
+        """Called for each connection, and each request of a crowding client, that is turned away."""
         self._accepting: list[tuple[socket, Callable[[], None]]] = []
         self._streams: set[ClientStream] = set()
         self._by_address: Counter[str] = Counter()
@@ -201,6 +203,8 @@ class ClientServer(HTTPServer):
         connection.close()
 
     def _tell(self, error: RequestError) -> None:
+        if self.on_refused is not None:
+            self.on_refused()
         now = time.monotonic()
         if now - self._told_at > TELL_SECONDS:
             self._told_at = now

@@ -21,6 +21,7 @@ from chatd.errors import ProviderError, ProviderErrorKind
 from chatd.http_errors import cleaned, kind_of, retry_hint, sentences
 from chatd.provider import Event, Finish, FinishReason, ProviderRequest, UsageReport
 from chatd.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
+from chatd.tracing import outgoing
 
 MAX_BODY_BYTES = MAX_EVENT_BYTES
 """The largest answer in one piece that is read."""
@@ -135,6 +136,13 @@ class HttpAnswer(ABC):
         """What something cost, if it makes sense."""
         good = isinstance(value, int | float) and not isinstance(value, bool)
         return float(value) if good and 0 <= value < 2**53 else None
+
+
+def _headers(data: bytes | None) -> Mapping[str, str] | None:
+    """Of one request: what its body is, and the span that it is a part of, where there is one."""
+    own = None if data is None else _JSON
+    traced = outgoing.get()
+    return own if traced is None else {**(own or {}), **traced}
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -286,7 +294,7 @@ class HttpProvider(ABC):
             method,
             self._base_url + path,
             data=io.BytesIO(data) if data is not None and len(data) >= LARGE_BODY else data,
-            headers=None if data is None else _JSON,
+            headers=_headers(data),
             # A redirect would take the key to another host.
             allow_redirects=False,
             timeout=_timeout(connect),

@@ -78,10 +78,15 @@ class Admission:
         """The same when the work did not begin, so that it took nothing."""
         return Admission(_one_more(self.own), _one_more(self.shared))
 
+    @property
+    def refusing(self) -> Quota | None:
+        """The limit that refuses, if one does."""
+        quota = self.tightest
+        return quota if quota is not None and quota.left < 0 else None
+
     def require(self) -> None:
         """Raises `RateLimited` when one of the limits refuses."""
-        quota = self.tightest
-        if quota is not None and quota.left < 0:
+        if (quota := self.refusing) is not None:
             raise RateLimited(
                 f"At most {quota.rate} are taken ({quota.name}). Wait as long as Retry-After says.",
                 retry_after=max(1, math.ceil(quota.reset)),

@@ -13,6 +13,7 @@ from chatd import logs
 from chatd.app import Runtime, open_again, open_runtime, open_sharing
 from chatd.config import Config
 from chatd.errors import ChatdError
+from chatd.metrics import Metrics
 from chatd.registry import Registry
 from chatd.turns import Turns
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 GRACE_SECONDS = 10.0
 """How long requests that came before may use the storage that another is in place of."""
 
-FIXED = ("host", "port", "workers")
+FIXED = ("host", "port", "workers", "tracing")
 """Settings of `server` that a process cannot change while it runs."""
 
 Load = Callable[[], tuple[Config, Registry]]
@@ -51,8 +52,9 @@ def read_again(load: Load, config: Config) -> tuple[Config, Registry] | None:
 class Generations:
     """What is open for the configuration in force, and for those before it whose turns still run."""
 
-    def __init__(self, config: Config, registry: Registry) -> None:
+    def __init__(self, config: Config, registry: Registry, metrics: Metrics | None = None) -> None:
         self.config = config
+        self._metrics = metrics or Metrics()
         self.registry = registry
         self._stack = AsyncExitStack()
         self._own = AsyncExitStack()
@@ -76,7 +78,9 @@ class Generations:
         try:
             sharing = await open_sharing(self.config, self.registry, self._stack)
             self._own = await self._stack.enter_async_context(AsyncExitStack())
-            self._runtime = await open_runtime(self.config, self.registry, self._own, sharing)
+            self._runtime = await open_runtime(
+                self.config, self.registry, self._own, sharing, self._metrics
+            )
         except BaseException:
             await self._stack.aclose()
             raise
@@ -116,7 +120,9 @@ class Generations:
         else:
             async with AsyncExitStack() as opening:
                 sharing = before.services.sharing
-                self._runtime = await open_runtime(config, registry, opening, sharing)
+                self._runtime = await open_runtime(
+                    config, registry, opening, sharing, self._metrics
+                )
                 self._own = await self._stack.enter_async_context(opening.pop_all())
             self._retire(self._close_all(before, own))
         for take_back in before.unlisten:

@@ -129,6 +129,14 @@ class Attempt:
     ms: int = 0
     answered_by: str | None = None
     """The model that answered, by the provider's word."""
+    first_token: float | None = None
+    """When its first visible token came, on the clock of `began`."""
+    ended: float | None = None
+    """When it was over, on the same clock."""
+    span: Any = field(default=None, repr=False)
+    """Its span, while turns are traced."""
+    is_counted: bool = False
+    """Whether its usage is in the metrics."""
     generated: bool = False
     """Whether anything came of an answer, seen or not."""
     lost: bool = False
@@ -142,7 +150,8 @@ class Attempt:
     def end(self) -> None:
         """Records that it is over; called again, it changes nothing."""
         if self.ticket is not None:
-            self.ms = round((time.monotonic() - self.began) * 1000)
+            self.ended = time.monotonic()
+            self.ms = round((self.ended - self.began) * 1000)
             self.ticket = None
 
     def lose(self) -> None:
@@ -196,6 +205,8 @@ class Trail:
     """Whether history was left out because the model found it too long."""
     answering: Attempt | None = None
     """Who answers, or was asked last."""
+    on_attempt: Callable[[Attempt], None] | None = None
+    """Called with each attempt before its provider is asked, in the task that asks."""
 
     def give_up(self) -> None:
         """Counts what does not end as failed: no breaker waits for it."""
@@ -242,6 +253,8 @@ class _Course:
     def add(self, attempt: Attempt) -> None:
         """Takes an attempt that begins."""
         self._trail.attempts.append(attempt)
+        if self._trail.on_attempt is not None:
+            self._trail.on_attempt(attempt)
         course: _Course | None = self
         while course is not None:
             course.attempts.append(attempt)
@@ -573,7 +586,8 @@ class Router:
                 await _close(target, events, self._closing)
 
     def _began(self, target: Target, attempt: Attempt, ticket: Ticket, *, stream: bool) -> None:
-        seconds = time.monotonic() - attempt.began
+        attempt.first_token = time.monotonic()
+        seconds = attempt.first_token - attempt.began
         self._pair(target, attempt.model).first_tokens[stream].append(seconds)
         if ticket.succeeded():
             log.warning("provider %s answers again for model %s", target.name, attempt.model)

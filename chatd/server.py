@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from socket import socket
 
 from tornado.netutil import bind_sockets
@@ -19,6 +21,7 @@ from chatd.connections import ClientServer
 from chatd.domain import Chatbot
 from chatd.errors import ChatdError
 from chatd.loop_watch import LoopWatch
+from chatd.metrics import Metrics, Place
 from chatd.racing import hung_up
 from chatd.registry import Registry
 from chatd.reload import Generations, Load
@@ -54,12 +57,14 @@ class Worker:
     """One of several processes on the same sockets.
 
     `lifeline` is a pipe that ends with the parent. `is_first` is the one that makes the first
-    chatbot.
+    chatbot. `number` is its place, from 1 on; `folder` is where the places' numbers are gathered.
     """
 
     sockets: Sequence[socket]
     lifeline: int
     is_first: bool
+    number: int
+    folder: Path
 
 
 class Terminal:
@@ -145,13 +150,19 @@ async def serve(
         signals.stop_with(worker.lifeline)
     sockets = listen(config.server) if worker is None else worker.sockets
     watch = LoopWatch(config.server.block_seconds, registry.plugin_of)
-    async with Generations(config, registry) as generations:
+    metrics = Metrics()
+    watch.observers.append(metrics.lag.observe)
+    place = Place(worker.folder, worker.number, metrics) if worker is not None else None
+    async with Generations(config, registry, metrics) as generations:
         runtime = generations.runtime
         made = None
         if worker is None or worker.is_first:
             made = await first_chatbot(config, runtime.services.storage)
         server = ClientServer(runtime.application, config.server)
+        server.on_refused = partial(metrics.refusals.add, "connections")
         server.add_sockets(sockets)
+        if place is not None:
+            place.open()
         reloading = asyncio.create_task(_reload(signals, generations, server, watch, load))
         retention = RetentionJob(lambda: generations.runtime.services.storage)
         retention.open()
@@ -163,6 +174,8 @@ async def serve(
         await retention.close()
         await _stop(server, generations, signals)
         watch.stop()
+        if place is not None:
+            await place.close()
         racing = await hung_up(CLOSE_SECONDS)
         drained = generations.turns
     log.info("stopped")

@@ -6,12 +6,15 @@ import contextlib
 import logging
 import os
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from socket import socket
 
 from chatd import logs
@@ -80,6 +83,7 @@ class Supervisor:
         self._lifeline, self._life = os.pipe()
         self._ready, self._tell_ready = os.pipe()
         self._wake, self._woken = os.pipe()
+        self._folder = Path(tempfile.mkdtemp(prefix="chatd-"))
 
     def run(self) -> int:
         """Supervises until SIGTERM or SIGINT, and returns the exit code."""
@@ -93,6 +97,7 @@ class Supervisor:
             self._start(self._places[0])
             while self._stop_by is None or any(place.pid for place in self._places):
                 self._step()
+        shutil.rmtree(self._folder, ignore_errors=True)
         return self._code
 
     @contextmanager
@@ -207,7 +212,7 @@ class Supervisor:
             for end in (self._life, self._ready, self._wake, self._woken):
                 os.close(end)
             is_first = place.number == 1 and not self._is_up
-            worker = Worker(self._sockets, self._lifeline, is_first)
+            worker = Worker(self._sockets, self._lifeline, is_first, place.number, self._folder)
             code = self._run(self._config, self._registry, worker, self._says_ready)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1

@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -25,6 +27,8 @@ from chatd.elsewhere import Following, Telling
 from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown
 from chatd.estimates import Estimates, Said
 from chatd.interceptor import Interceptor, Proceed, TurnContext
+from chatd.metrics import Metrics
+from chatd.observing import count_settled, count_turn
 from chatd.provider import Event, ProviderRequest, Timeouts, needs
 from chatd.reply import Reply, TurnResult, shown_reason
 from chatd.routing import Router, Trail
@@ -32,6 +36,8 @@ from chatd.settling import settle, unsettled
 from chatd.sharing import Message as Told
 from chatd.sharing import Sharing
 from chatd.storage import BeginTurn, ExistingTurn, FinishTurn, Renewed, Storage, TurnRecord
+from chatd.tracing import Tracing
+from chatd.turn_spans import begin_turn_span, end_turn_span
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +101,17 @@ class Turns:
         lease_seconds: float = 30,
         budgets: Budgets | None = None,
         sharing: Sharing | None = None,
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._storage = storage
         self._books = Books(storage, lease_seconds)
         self._router = router
         self._interceptors = tuple(interceptors)
         self._budgets = budgets
+        self._tracing = tracing
+        self.metrics = metrics or Metrics()
+        """What is counted of turns, and whatever else this process counts."""
         self._estimates = Estimates()
         self._running: dict[str, RunningTurn] = {}
         self._beginning: dict[str, asyncio.Event] = {}
@@ -196,7 +207,7 @@ class Turns:
         idempotency_key: str | None,
         extras: Extras | None,
     ) -> RunningTurn | TurnRecord:
-        accepted = asyncio.get_running_loop().time()
+        accepted, since = asyncio.get_running_loop().time(), time.monotonic()
         settings = chatbot.settings
         system = [Message("system", settings.system_prompt)] if settings.system_prompt else []
         said = extras or Extras(messages)
@@ -239,9 +250,11 @@ class Turns:
             # Images and tools are counted by no known measure.
             prompt_chars=0 if said.needed else sum([len(message.content) for message in asked]),
             trail=Trail(deadline, len(said.given)),
+            since=since,
         )
         self._running[turn.id] = turn
-        turn.task = self._books.spawn(self._run(turn, request, deadline))
+        with self._traced(turn):
+            turn.task = self._books.spawn(self._run(turn, request, deadline))
         return turn
 
     def require(self, chatbot: Chatbot, extras: Extras) -> None:
@@ -395,6 +408,16 @@ class Turns:
         """Whether no more turns are begun."""
         return self._closing
 
+    @property
+    def count(self) -> int:
+        """How many turns run here."""
+        return len(self._running)
+
+    @property
+    def unstored(self) -> int:
+        """How many ended that storage did not take yet."""
+        return len(self._books.unstored)
+
     def _leases(self) -> list[tuple[str, int]]:
         return [(turn.id, turn.reply.run) for turn in self._running.values()]
 
@@ -506,9 +529,24 @@ class Turns:
                 )
             )
         self._learn(turn, usage)
+        count_turn(self.metrics, turn, status, error)
+        if self._tracing is not None:
+            end_turn_span(self._tracing, turn, status, error)
         if unsettled(trail) and not self._closing:
-            told = turn.reserved.correct if turn.reserved else None
-            self._behind(settle(self._storage, turn.id, turn.reply.run, trail, told))
+            self._behind(self._settle(turn))
+
+    def _traced(self, turn: RunningTurn) -> AbstractContextManager[None]:
+        """What begins meanwhile is a part of the turn, where turns are traced."""
+        if self._tracing is None:
+            return contextlib.nullcontext()
+        begin_turn_span(self._tracing, turn)
+        return self._tracing.within(turn.span)
+
+    async def _settle(self, turn: RunningTurn) -> None:
+        """Learns what a turn took that is not known at its end, if that can be."""
+        told = turn.reserved.correct if turn.reserved else None
+        await settle(self._storage, turn.id, turn.reply.run, turn.trail, told)
+        count_settled(self.metrics, turn)
 
     def _guess(self, turn: RunningTurn, reserve: float) -> float | None:
         """What a turn cost, for its budget, where that is not known; None without anything to go by."""

@@ -473,7 +473,7 @@ BAD_VALUES = [
     ("--daily-budget-usd", "-1", "--daily-budget-usd: must be a number of USD, none or default"),
     ("--turn-reserve-usd", "0", "--turn-reserve-usd: must be more than 0"),
     ("--retention-days", "0", "--retention-days: must be at least 1"),
-    ("--retention-days", "1.5", "--retention-days: must be a whole number of days from 1"),
+    ("--retention-days", "1.5", "--retention-days: must be a whole number"),
     ("--suggestion", "", "--suggestion: must not be empty"),
     ("--theme", "pink", "--theme: must be light, dark, auto or default"),
     ("--accent", "red", "--accent: must be a colour like #0a7d5c"),

@@ -13,7 +13,6 @@ from tests.test_widget import (  # noqa: F401 - the fixtures are taken from ther
     Bots,
     Chat,
     bots,
-    browser,
     described,
     opened,
     page_with,

@@ -14,7 +14,6 @@ from tests.test_widget import (  # noqa: F401 - the fixtures are taken from ther
     Bots,
     Chat,
     bots,
-    browser,
     kept,
     opened,
     page_with,

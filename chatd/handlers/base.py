@@ -41,8 +41,10 @@ from chatd.handlers.problems import (
     retry_after,
 )
 from chatd.limits import Admission, Kind, Limits
+from chatd.metrics import Metrics
 from chatd.sharing import Sharing
 from chatd.storage import Storage
+from chatd.tracing import Tracing
 from chatd.turns import Turns
 from chatd.validation import parse_json, schema
 
@@ -130,6 +132,8 @@ class Services:
     limits: Limits
     turns: Turns
     sharing: Sharing
+    metrics: Metrics
+    tracing: Tracing | None = None
 
 
 @stream_request_body
@@ -143,6 +147,7 @@ class ApiHandler(RequestHandler):
     route: Route | None
     chatbot: Chatbot | None = None
     error_code: str | None = None
+    span: Any = None
     error_type = "application/problem+json"
 
     def initialize(self, services: Services, route: Route | None = None, **arguments: Any) -> None:
@@ -177,6 +182,8 @@ class ApiHandler(RequestHandler):
             self.set_header(name, value)
 
     async def prepare(self) -> None:
+        if self.services.tracing is not None:
+            self._begin_span(self.services.tracing)
         headers = self.request.headers
         if (origin := headers.get("Origin")) is not None:
             self._cors = await self.services.access.allows_origin_somewhere(origin)
@@ -195,6 +202,31 @@ class ApiHandler(RequestHandler):
         if "Expect" in headers and _length(headers) > self.services.config.max_body_bytes:
             raise self._too_large()
         self._early = False
+
+    def _begin_span(self, tracing: Tracing) -> None:
+        """Begins the request's span, which is the current one from here on."""
+        if self.services.config.tracing == "continue":
+            tracing.enter_caller(self.request.headers)
+        # The template, not the path: a path may hold what nobody else should have.
+        method, path = str(self.request.method), self.route.path if self.route else None
+        self.span = tracing.begin(
+            f"{method} {path}" if path else method,
+            "server",
+            {
+                "http.request.method": method,
+                "http.route": path,
+                "chatd.request.id": self.request_id,
+            },
+        )
+        tracing.enter(self.span)
+
+    def end_span(self) -> None:
+        """Ends it, if there is one: the request was answered."""
+        if self.span is not None and self.services.tracing is not None:
+            status = self.get_status()
+            error = str(status) if status >= HTTPStatus.INTERNAL_SERVER_ERROR else None
+            told = {"http.response.status_code": status}
+            self.services.tracing.end(self.span, told, error=error)
 
     def _too_large(self) -> BodyTooLarge:
         most = self.services.config.max_body_bytes
@@ -297,6 +329,8 @@ class ApiHandler(RequestHandler):
         async with self.services.limits.ask(kind, self.chatbot, own) as admission:
             self._quota = _quota_headers(admission)
             self._common_headers()
+            if (refusing := admission.refusing) is not None:
+                self.services.metrics.refusals.add(refusing.name)
             admission.require()
             try:
                 yield
@@ -359,6 +393,7 @@ class ApiHandler(RequestHandler):
         problem = problem_of(error)
         self.error_code = error.code
         if isinstance(error, BudgetExhausted):
+            self.services.metrics.refusals.add("daily_budget")
             self._quota = _budget_headers(error, self._quota)
         self.set_status(problem.status)
         self._common_headers()

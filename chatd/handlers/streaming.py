@@ -400,7 +400,7 @@ class TurnHandler(ApiHandler):
             await self.flush()
             return
         self._bound_buffer()
-        if await _Writer(self, reply, format).run():
+        if await self._written(_Writer(self, reply, format)):
             with contextlib.suppress(StreamClosedError):
                 await self.finish()
             if self.request.version == "HTTP/1.0":
@@ -409,6 +409,14 @@ class TurnHandler(ApiHandler):
                 connection.stream.close()
         else:
             self.services.turns.left(reply)
+
+    async def _written(self, writer: _Writer) -> bool:
+        metrics = self.services.metrics
+        metrics.open_streams += 1
+        try:
+            return await writer.run()
+        finally:
+            metrics.open_streams -= 1
 
     def _bound_buffer(self) -> None:
         connection = getattr(self.request.connection, "stream", None)
