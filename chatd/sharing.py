@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Message = Mapping[str, Any]
 
-ASK_SECONDS = 0.1
+ASK_SECONDS = 0.25
 """How long a request waits for what is shared, beside the time that this process is busy itself."""
 
 SLICES = 5

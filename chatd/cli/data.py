@@ -164,7 +164,9 @@ async def retention(bot: str | None, config_path: Path | None, as_json: bool) ->
     for chatbot in chatbots:
         if (days := chatbot.settings.retention_days) is not None:
             told = _sessions(erased[chatbot.id])
-            click.echo(f'"{chatbot.name}": erased {told} older than {days} days')
+            click.echo(
+                f'"{chatbot.name}": erased {told} older than {days} day{"s" if days != 1 else ""}'
+            )
     if not erased:
         click.echo(
             "Nothing is erased by its age: `chatd bots set BOT --retention-days DAYS` says so.",
