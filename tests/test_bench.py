@@ -144,9 +144,10 @@ def test_figures_of_a_run_replace_those_of_the_page_and_nothing_else() -> None:
     assert page.partition(report.END)[2] == again.partition(report.END)[2]
 
 
-def test_sessions_that_are_filled_in_hold_what_was_said(tmp_path: Path) -> None:
+async def test_sessions_that_are_filled_in_hold_what_was_said(tmp_path: Path) -> None:
     bots = [BOT, *fill.new_bots(1)]
-    ids = fill.fill(tmp_path / "chatd.db", bots, 3, 4)
+    # In a thread, since it runs an event loop of its own.
+    ids = await asyncio.to_thread(fill.fill, tmp_path / "chatd.db", bots, 3, 4)
 
     async def histories() -> list[list[str]]:
         storage = await open_sqlite({"path": str(tmp_path / "chatd.db")})
@@ -160,4 +161,4 @@ def test_sessions_that_are_filled_in_hold_what_was_said(tmp_path: Path) -> None:
         finally:
             await storage.close()
 
-    assert asyncio.run(histories()) == [[QUESTION, REPLY] * 2] * 3
+    assert await histories() == [[QUESTION, REPLY] * 2] * 3

@@ -71,6 +71,11 @@ def test_500_slow_clients_are_dropped_and_a_quick_one_is_not_slowed(
         f"p99 {p99 * 1000:.1f} ms of {len(took)}, open files {opened[0]} {max(opened)} {opened[-1]}"
     )
     assert len(took) > 50 and max(opened) > 200
+    # They wait for 2 s; half a second is a busy machine's.
     assert p99 < 0.5
-    # They are gone although the other side has not hung up.
-    assert opened[-1] < 50
+    # Most are gone although the other side has not hung up: it ends as soon as it sees the last go.
+    assert opened[-1] < max(opened) / 4
+    until = time.monotonic() + 5
+    while sum(1 for _ in files.iterdir()) >= 50:
+        assert time.monotonic() < until
+        time.sleep(0.1)

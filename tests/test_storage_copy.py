@@ -382,7 +382,7 @@ async def test_a_target_that_cannot_be_used_is_told_before_anything_is_written(
     assert wrong.returncode == 1
     assert "SUPABASE_KEY is not this project's secret key" in wrong.stderr
     version = "CREATE OR REPLACE FUNCTION public.chatd_schema_version() RETURNS integer"
-    version += " LANGUAGE sql STABLE SET search_path = '' AS 'SELECT {}'"
+    version += " LANGUAGE sql STABLE SET search_path = '' AS ' SELECT {} '"
     supabase.postgres.execute(version.format(1))
     try:
         old = copy(tmp_path, "sqlite", "supabase.yaml")

@@ -80,6 +80,7 @@ def model(io_loop: IOLoop) -> Iterator[FakeProvider]:
 def echoing(storage: str, seconds: float = 0) -> str:
     """A configuration whose answers, of one word, take so many seconds."""
     text = ECHO_CONFIG.replace("You said: {message}", "re:{message}")
+    text = text.replace("server:", "server:\n  max_connections_per_address: 1000")
     text = text.replace("use: echo,", f"use: echo, word_seconds: {seconds},")
     return text.replace("%(storage)s", storage)
 

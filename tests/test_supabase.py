@@ -136,7 +136,7 @@ async def test_one_turns_bad_item_is_not_its_neighbours_failure(supabase: Supaba
 async def test_an_older_schema_says_so(supabase: Supabase) -> None:
     storage = await open_with(supabase)
     version = "CREATE OR REPLACE FUNCTION public.chatd_schema_version() RETURNS integer"
-    version += " LANGUAGE sql STABLE SET search_path = '' AS 'SELECT {}'"
+    version += " LANGUAGE sql STABLE SET search_path = '' AS ' SELECT {} '"
     supabase.postgres.execute(version.format(0))
     try:
         with pytest.raises(StorageUnavailable, match="run schema.sql again"):
