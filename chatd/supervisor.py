@@ -87,12 +87,13 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervises until SIGTERM or SIGINT, and returns the exit code."""
-        log.warning(
-            "%s workers: limits are counted by each of them on its own, so that up to %s times as "
-            "much is let through",
-            len(self._places),
-            len(self._places),
-        )
+        if self._config.shared is None or self._config.shared.name == "memory":
+            log.warning(
+                "%s workers: limits are counted by each of them on its own, so that up to %s times "
+                "as much is let through, unless they share a place to count in",
+                len(self._places),
+                len(self._places),
+            )
         with self._catching():
             self._start(self._places[0])
             while self._stop_by is None or any(place.pid for place in self._places):

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from chatd.app import packaged_config
+from chatd.config import find_config
 
 
 @click.command()
@@ -19,4 +20,10 @@ def init(force: bool) -> None:
         click.echo(f"chatd: {path} exists already; --force replaces it", err=True)
         sys.exit(1)
     path.write_text(packaged_config().read_text(encoding="utf-8"), encoding="utf-8")
-    click.echo(f"Wrote {path}. Check it with `chatd check`, start with `chatd serve`.")
+    found = find_config(None, Path(), packaged_config())
+    named = "" if found == path else f" --config {path}"
+    click.echo(
+        f"Wrote {path}. Check it with `chatd check{named}`, start with `chatd serve{named}`."
+    )
+    if named:
+        click.echo(f"Without {named.strip()} it is {found} that is used.", err=True)

@@ -38,7 +38,7 @@ for i, key in ipairs(KEYS) do
   redis.call('ZREMRANGEBYSCORE', key, '-inf', string.format('%.17g', now - seconds))
   local left = count - redis.call('ZCARD', key)
   local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
-  local reset = oldest[2] and oldest[2] + seconds - now or 0
+  local reset = oldest[2] and oldest[2] + seconds - now or seconds
   answer[#answer + 1] = tostring(left)
   answer[#answer + 1] = string.format('%.6f', reset)
   free = free and left > 0
