@@ -53,6 +53,7 @@ def test_500_slow_clients_are_dropped_and_a_quick_one_is_not_slowed(
     program = shutil.which("slowhttptest") or "slowhttptest"
     common = ["-c", "500", "-r", "250", "-i", "1", "-l", str(SECONDS), "-p", "2"]
     url = f"http://127.0.0.1:{urlsplit(server.url).port}{path}"
+    started = time.monotonic()
     with subprocess.Popen(
         [program, *attack, *common, "-u", url], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     ) as slow:
@@ -73,8 +74,8 @@ def test_500_slow_clients_are_dropped_and_a_quick_one_is_not_slowed(
     assert len(took) > 50 and max(opened) > 200
     # They wait for 2 s; half a second is a busy machine's.
     assert p99 < 0.5
-    # Most are gone although the other side has not hung up: it ends as soon as it sees the last go.
-    assert opened[-1] < max(opened) / 4
+    # They are dropped although the other side has not hung up: it ends early when it sees the last go.
+    assert time.monotonic() - started < SECONDS or opened[-1] < max(opened) / 2
     until = time.monotonic() + 5
     while sum(1 for _ in files.iterdir()) >= 50:
         assert time.monotonic() < until
