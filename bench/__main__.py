@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench import chart, failover, growth, plain, report, storage, streams, subjects
+from bench import chart, failover, growth, plain, report, storage, streams, subjects, wording
 from bench.load import ROOT
 from bench.processes import split_cores
 from bench.rounds import QUICK, SHORT, Plan
@@ -54,7 +54,7 @@ def turns(samples: Samples, chosen: argparse.Namespace) -> list[Subject]:
     plan = SHORT if chosen.short else QUICK if chosen.quick else Plan()
     with ExitStack() as stack:
         cores = split_cores()
-        mock = Mock(WORK / "mock", *PACE)
+        mock = Mock(WORK / "mock", *PACE, "--messages", str(wording.PROMPT_MESSAGES))
         stack.callback(mock.close)
         mock.start("", cores[1])
         measured = [subjects.limit(WORK / "limit"), plain.on_sqlite(WORK / "sqlite")]

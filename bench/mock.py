@@ -21,6 +21,8 @@ from bench.wording import FIRST_TOKEN, MODEL, NEXT_TOKEN, PROMPT_TOKENS, REPLY
 
 LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 STREAM = re.compile(rb'"stream": ?true')
+MESSAGE = b'"role"'
+WRONG = b"HTTP/1.1 400 Not as many messages as were to be sent\r\nContent-Length: 0\r\n\r\n"
 BACKLOG = 4096
 
 
@@ -84,12 +86,21 @@ class Mock:
     """Serves on a socket that listens.
 
     :param interval: seconds between the tokens of a stream; 0 sends it in one piece.
+    :param messages: how many messages a request must have, if it has more than one; else it gets no
+        answer but a 400. 0 takes any number.
     """
 
     def __init__(
-        self, listener: socket.socket, *, interval: float, tokens: int, prompt_tokens: int
+        self,
+        listener: socket.socket,
+        *,
+        interval: float,
+        tokens: int,
+        prompt_tokens: int,
+        messages: int,
     ) -> None:
         self._listener = listener
+        self._messages = messages
         self._interval = interval
         self._plain = plain(prompt_tokens)
         self._pieces = pieces(tokens, prompt_tokens)
@@ -144,6 +155,8 @@ class Mock:
         length = LENGTH.search(data, 0, head + 4) if head >= 0 else None
         if head < 0 or (length and len(data) < head + 4 + int(length[1])):
             self._unread[number] = data
+        elif self._messages and (said := data.count(MESSAGE)) > 1 and said != self._messages:
+            self._send(client, WRONG)
         else:
             self._answer(client, STREAM.search(data, head) is not None)
         return None
@@ -187,6 +200,9 @@ def main() -> None:
     parser.add_argument(
         "--prompt-tokens", type=int, default=PROMPT_TOKENS, help="0 does not tell them"
     )
+    parser.add_argument(
+        "--messages", type=int, default=0, help="how many a request with more than one must have"
+    )
     options = parser.parse_args()
     listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
     print(listener.getsockname()[1], flush=True)
@@ -195,6 +211,7 @@ def main() -> None:
         interval=options.interval,
         tokens=options.tokens,
         prompt_tokens=options.prompt_tokens,
+        messages=options.messages,
     ).run()
 
 

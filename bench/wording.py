@@ -12,6 +12,8 @@ SESSIONS = 64
 """Sessions of a subject, one for each connection: turns of one session would wait for each other."""
 HISTORY = 20
 """Messages that come before the new one in each turn."""
+PROMPT_MESSAGES = 1 + HISTORY + 1
+"""What the model is given in each turn: the system prompt, the history and the new message."""
 
 QUESTION = "How do I change the address that my parcel, which I ordered yesterday, goes to?".ljust(
     84

@@ -22,7 +22,15 @@ from chatd.answering import RunningTurn, around, asked, collect, storable, unfin
 from chatd.bookkeeping import STORE_SECONDS, Books
 from chatd.budgets import Budgets
 from chatd.config import LimitsConfig
-from chatd.domain import CHARS_PER_TOKEN, Chatbot, Message, TurnStatus, Usage, new_turn_id
+from chatd.domain import (
+    CHARS_PER_TOKEN,
+    MESSAGE_OVERHEAD_CHARS,
+    Chatbot,
+    Message,
+    TurnStatus,
+    Usage,
+    new_turn_id,
+)
 from chatd.elsewhere import Following, Telling
 from chatd.errors import NotFound, ProviderTimeout, RequestError, ShuttingDown
 from chatd.estimates import Estimates, Said
@@ -248,7 +256,10 @@ class Turns:
             request=request,
             history_truncated=begun.history_truncated,
             # Images and tools are counted by no known measure.
-            prompt_chars=0 if said.needed else sum([len(message.content) for message in asked]),
+            prompt_chars=0
+            if said.needed
+            else sum([len(message.content) for message in asked])
+            + MESSAGE_OVERHEAD_CHARS * len(asked),
             trail=Trail(deadline, len(said.given)),
             since=since,
         )

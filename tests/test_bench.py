@@ -21,7 +21,7 @@ from bench import fill, load, report, targets
 from bench.mock import plain
 from bench.subjects import Mock
 from bench.targets import Target, no_samples
-from bench.wording import BOT, QUESTION, REPLY, chat
+from bench.wording import BOT, PROMPT_MESSAGES, QUESTION, REPLY, chat, completion
 from chatd.domain import Session
 from chatd.storage import BegunTurn
 from chatd.testing.storage import a_turn
@@ -55,6 +55,20 @@ def test_every_answer_is_counted_and_its_text_is_checked(mock: Mock) -> None:
     wrong = dataclasses.replace(mock.job(0.2), expect=b"What the mock does not say")
     with pytest.raises(SystemExit):
         load.run(wrong, cores)
+
+
+def test_a_turn_with_another_history_than_the_bench_means_ends_it(tmp_path: Path) -> None:
+    cores = frozenset(os.sched_getaffinity(0))
+    model = Mock(tmp_path / "mock", "--messages", str(PROMPT_MESSAGES))
+    model.start("", None)
+    try:
+        asked = dataclasses.replace(model.job(0.2), requests=[completion("key")])
+        assert load.run(asked, cores).turns > 0
+        shorter = completion("key").replace(b'{"role": "system"', b'{"none": "system"', 1)
+        with pytest.raises(SystemExit):
+            load.run(dataclasses.replace(asked, requests=[shorter]), cores)
+    finally:
+        model.close()
 
 
 class HangsUp(socketserver.BaseRequestHandler):
