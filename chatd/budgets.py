@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 
 from chatd.config import LimitsConfig
@@ -60,20 +60,20 @@ class Reservation:
         """Counts what the turn cost; when that is unknown the guess, and without one the reserve."""
         if cost_usd is None and guess is not None:
             self._guess = guess
-            self._count(guess, Spending(0.0, guesses=1, guessed=guess))
+            self._count(guess, guesses=1, guessed=guess)
         else:
-            self._count(self.reserve if cost_usd is None else cost_usd, Spending(0.0))
+            self._count(self.reserve if cost_usd is None else cost_usd)
 
     def correct(self, cost_usd: float) -> None:
         """Counts what the turn cost, which storage knows by now, in place of what it counted as."""
-        spending = Spending(0.0)
-        if self._guess is not None:
-            spending = Spending(0.0, guesses=-1, guessed=-self._guess)
-            self._guess = None
-        self._count(cost_usd, spending)
+        guessed, self._guess = self._guess, None
+        if guessed is None:
+            self._count(cost_usd)
+        else:
+            self._count(cost_usd, guesses=-1, guessed=-guessed)
 
-    def _count(self, cost: float, spending: Spending) -> None:
-        self._end(replace(spending, cost=cost - self._counted, most=cost))
+    def _count(self, cost: float, *, guesses: int = 0, guessed: float = 0.0) -> None:
+        self._end(Spending(cost - self._counted, guesses, guessed, most=cost))
         self._counted = cost
 
     def release(self) -> None:

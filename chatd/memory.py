@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -119,16 +120,50 @@ class _Entries:
     most: float = 0.0
     guesses: int = 0
     guessed: float = 0.0
-    holds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    held: float = 0.0
+    """The sum of what is held, kept so that nobody adds it up for each turn."""
+    next_end: float = math.inf
+    """No hold ends before that."""
+    _holds: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def hold(self, name: str, amount: float, end: float) -> None:
+        """Holds so much until then, in place of what this hold had."""
+        self.let_go(name)
+        self._holds[name] = (amount, end)
+        self.held += amount
+        self.next_end = min(self.next_end, end)
+
+    def let_go(self, name: str) -> None:
+        """Holds no more what this hold has, if it has something."""
+        if (known := self._holds.pop(name, None)) is not None:
+            # What was added and taken away again need not be nothing.
+            self.held = self.held - known[0] if self._holds else 0.0
+
+    def expire(self, now: float) -> None:
+        """Lets go of what was held until now at most."""
+        if now < self.next_end:
+            return
+        for name in [name for name, (_, end) in self._holds.items() if end <= now]:
+            self.let_go(name)
+        self.next_end = min((end for _, end in self._holds.values()), default=math.inf)
+
+    @property
+    def spent(self) -> float | None:
+        """What is known to be spent; None while storage was not asked."""
+        return None if self.base is None else self.base + self.settled - self.mark
+
+    @property
+    def running(self) -> int:
+        """How many turns hold something."""
+        return len(self._holds)
 
     def shown(self, granted: float | None = None) -> Account:
         """How it stands."""
-        spent = None if self.base is None else self.base + self.settled - self.mark
         return Account(
-            spent=spent,
+            spent=self.spent,
             settled=self.settled,
-            held=sum(amount for amount, _ in self.holds.values()),
-            running=len(self.holds),
+            held=self.held,
+            running=self.running,
             most=self.most,
             guesses=self.guesses,
             guessed=self.guessed,
@@ -148,25 +183,23 @@ class MemoryAccounts:
         self._accounts: OrderedDict[str, _Entries] = OrderedDict()
 
     def _of(self, account: str) -> _Entries:
-        entries = self._accounts.setdefault(account, _Entries())
+        if (entries := self._accounts.get(account)) is None:
+            entries = self._accounts[account] = _Entries()
+            if len(self._accounts) > MAX_ACCOUNTS:
+                self._accounts.popitem(last=False)
         self._accounts.move_to_end(account)
-        if len(self._accounts) > MAX_ACCOUNTS:
-            self._accounts.popitem(last=False)
-        now = self._clock()
-        for hold in [hold for hold, (_, end) in entries.holds.items() if end <= now]:
-            del entries.holds[hold]
+        entries.expire(self._clock())
         return entries
 
     def reserve(self, account: str, wish: Wish) -> Account:
         """As `Shared.reserve`."""
         entries = self._of(account)
-        standing = entries.shown()
-        amount = max(wish.reserve, standing.most)
-        if standing.spent is None or standing.spent >= wish.budget:
-            return standing
-        if standing.running and standing.spent + standing.held + amount > wish.budget:
-            return standing
-        entries.holds[wish.hold] = (amount, self._clock() + wish.seconds)
+        spent, amount = entries.spent, max(wish.reserve, entries.most)
+        if spent is None or spent >= wish.budget:
+            return entries.shown()
+        if entries.running and spent + entries.held + amount > wish.budget:
+            return entries.shown()
+        entries.hold(wish.hold, amount, self._clock() + wish.seconds)
         return entries.shown(amount)
 
     def account(self, account: str) -> Account:
@@ -183,12 +216,13 @@ class MemoryAccounts:
         """As `Shared.hold`."""
         entries = self._of(account)
         end = self._clock() + seconds
-        entries.holds.update({hold: (amount, end) for hold, amount in holds.items()})
+        for name, amount in holds.items():
+            entries.hold(name, amount, end)
 
     def settle(self, account: str, hold: str, spending: Spending | None) -> None:
         """As `Shared.settle`."""
         entries = self._of(account)
-        entries.holds.pop(hold, None)
+        entries.let_go(hold)
         if spending is not None:
             entries.settled += spending.cost
             entries.guesses += spending.guesses

@@ -286,9 +286,9 @@ class Sharing:
 
     async def take(self, group: str, windows: Sequence[Window]) -> Taken:
         """Takes one of each window, as `Shared.take` says; of this process's own without others."""
-        hold = new_id() if self.is_shared else ""
         if not windows:
-            return Taken(group, hold, windows, ())
+            return Taken(group, "", windows, ())
+        hold = new_id() if self.is_shared else ""
         try:
             left = await self._ask(lambda shared: shared.take(group, hold, windows))
         except SharedUnavailable:
@@ -308,6 +308,8 @@ class Sharing:
 
     async def reserve(self, account: str, wish: Wish) -> Account:
         """As `Shared.reserve`."""
+        if self._shared is None:
+            return self._accounts.reserve(account, wish)
         try:
             return await self._ask(lambda shared: shared.reserve(account, wish))
         except SharedUnavailable:
