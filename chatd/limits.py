@@ -9,8 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +18,7 @@ from chatd.domain import Chatbot, Rate, rates
 from chatd.errors import RateLimited
 from chatd.memory import WindowCounters
 from chatd.shared import Left, Window
-from chatd.sharing import Sharing
+from chatd.sharing import Sharing, Taken
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +59,19 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What the limits say of a request: those that are its own, and those that others share."""
+    """What the limits say of a request: those that are its own, and those that others share.
 
-    own: tuple[Quota, ...]
-    shared: tuple[Quota, ...]
+    `taken` is what was counted, if anything was.
+    """
+
+    own: tuple[Quota, ...] = ()
+    shared: tuple[Quota, ...] = ()
+    taken: Taken | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit at all."""
+        return bool(self.own or self.shared)
 
     @property
     def tightest(self) -> Quota | None:
@@ -72,11 +80,6 @@ class Admission:
         if refusing:
             return max(refusing, key=lambda quota: quota.reset)
         return min(self.own, key=lambda quota: quota.left, default=None)
-
-    @property
-    def given_back(self) -> Admission:
-        """The same when the work did not begin, so that it took nothing."""
-        return Admission(_one_more(self.own), _one_more(self.shared))
 
     @property
     def refusing(self) -> Quota | None:
@@ -97,7 +100,7 @@ def _one_more(quotas: Sequence[Quota]) -> tuple[Quota, ...]:
     return tuple(replace(quota, left=quota.left + 1) for quota in quotas)
 
 
-_FREE = Admission((), ())
+_FREE = Admission()
 """Where nothing is limited."""
 
 
@@ -133,50 +136,49 @@ class Limits:
             )
         return counted_address(peer, forwarded, self._trusted_proxies)
 
-    @asynccontextmanager
-    async def ask(
-        self, kind: Kind, chatbot: Chatbot, own: Mapping[str, str | None]
-    ) -> AsyncIterator[Admission]:
-        """Asks all limits for one more of a kind, and counts it unless the `async with` raises.
+    async def ask(self, kind: Kind, chatbot: Chatbot, own: Mapping[str, str | None]) -> Admission:
+        """Asks all limits for one more of a kind, and counts it unless one of them refuses.
 
-        When it raises, that is counted as tried in vain, which is refused from `IN_VAIN` times the
-        requester's own limits on. Call `Admission.require` first in it: what the limits refuse is
-        counted nowhere.
+        Call `Admission.require` next, and `give_back` when what is asked for does not begin.
 
         :param own: who asks: `ip`, `session` and `visitor` of a widget, or `key` of a client,
             who shares nothing with the widget's visitors. None is not counted.
         """
-        keys = {scope: key for scope, key in own.items() if key is not None}
-        mine = [
-            quota for scope, key in keys.items() for quota in self._of(kind, scope, key, chatbot)
-        ]
-        others = [] if "key" in own else self._of(kind, "chatbot", "", chatbot)
+        mine: list[Quota] = []
+        for scope, key in own.items():
+            if key is not None:
+                mine += self._of(kind, scope, key, chatbot)
+        others = () if "key" in own else self._of(kind, "chatbot", "", chatbot)
         if not (mine or others):
-            yield _FREE
-            return
-        vain = [_vain(quota).window for quota in mine]
-        tried = [await self._in_vain.left(window) for window in vain]
+            return _FREE
+        tried = [await self._in_vain.left(_vain(quota).window) for quota in mine]
         if any(left.left < 1 for left in tried):
-            yield Admission(_stand(map(_vain, mine), tried), ())
-            return
+            return Admission(_stand(map(_vain, mine), tried))
         taken = await self._sharing.take(chatbot.id, [q.window for q in (*mine, *others)])
         left = taken.left
-        admission = Admission(_stand(mine, left[: len(mine)]), _stand(others, left[len(mine) :]))
-        if not taken.granted:
-            yield admission
-            return
-        try:
-            yield admission
-        except BaseException:
-            self._sharing.give_back(taken)
-            await self._in_vain.count(vain)
-            raise
+        return Admission(
+            _stand(mine, left[: len(mine)]),
+            _stand(others, left[len(mine) :]),
+            taken if taken.granted else None,
+        )
 
-    def _of(self, kind: Kind, scope: str, key: str, chatbot: Chatbot) -> list[Quota]:
+    async def give_back(self, admission: Admission) -> Admission:
+        """What the limits say now that nothing began: it was tried in vain, and that is counted.
+
+        That is refused from `IN_VAIN` times the requester's own limits on.
+        """
+        if admission.taken is not None:
+            self._sharing.give_back(admission.taken)
+            await self._in_vain.count([_vain(quota).window for quota in admission.own])
+        return Admission(_one_more(admission.own), _one_more(admission.shared))
+
+    def _of(self, kind: Kind, scope: str, key: str, chatbot: Chatbot) -> Sequence[Quota]:
         """The limits of a chatbot for one more of a kind, by whom they are counted."""
         name = f"{kind}_per_{scope}"
         settings = chatbot.settings.limits or {}
         text = settings.get(name) or getattr(self._defaults, name, "none")
+        if text == "none":
+            return ()
         path = f"{name}/{chatbot.id}/{key}"
         return [
             Quota(name, rate, f"{path}/{rate.count}/{rate.seconds}", 0, 0) for rate in rates(text)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 
@@ -22,18 +23,44 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, request id and what `extra` adds."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if (id := request_id.get()) is not None:
-            line["request_id"] = id
-        line.update(getattr(record, "fields", {}))
+        fields: Mapping[str, Any] = getattr(record, "fields", {})
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+            fields = {**fields, "exception": self.formatException(record.exc_info)}
+        level = record.levelname.lower()
+        return _line(record.created, level, record.name, record.getMessage(), fields)
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes records, and lines that are whole already: for each request there is one."""
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the lines are JSON."""
+        return isinstance(self.formatter, JsonFormatter)
+
+    def say(self, line: str) -> None:
+        """Writes a line, which is what `handle` does at twice the cost."""
+        self.acquire()
+        try:
+            self.stream.write(line + "\n")
+            self.stream.flush()
+        except Exception:
+            self.handleError(logging.makeLogRecord({"msg": line}))
+        finally:
+            self.release()
+
+
+def _line(created: float, level: str, logger: str, message: str, fields: Mapping[str, Any]) -> str:
+    line: dict[str, Any] = {
+        "time": datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds"),
+        "level": level,
+        "logger": logger,
+        "message": message,
+    }
+    if (id := request_id.get()) is not None:
+        line["request_id"] = id
+    line.update(fields)
+    return orjson.dumps(line, default=str).decode()
 
 
 class TextFormatter(logging.Formatter):
@@ -64,7 +91,7 @@ def trace(error: BaseException) -> str:
 
 def set_up(level: str) -> None:
     """Sends all logs to stdout, as text on a terminal and as JSON elsewhere."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = LineHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if sys.stdout.isatty() else JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -80,6 +107,11 @@ def log_request(fields: Mapping[str, Any]) -> None:
     status = fields["status"]
     level = logging.ERROR if status >= 500 else logging.INFO
     if access_log.isEnabledFor(level):
+        match logging.getLogger().handlers:
+            case [LineHandler() as only] if only.is_json and not access_log.handlers:
+                name = "error" if level == logging.ERROR else "info"
+                only.say(_line(time.time(), name, access_log.name, "request", fields))
+                return
         # As `access_log.log` does, but for looking where it was called from.
         record = logging.LogRecord(access_log.name, level, "", 0, "request", (), None)
         record.fields = fields

@@ -1,6 +1,7 @@
 """The contract of a model provider: one stream of events, with exactly one end.
 
-`chatd.testing.ProviderConformance` holds an implementation to it.
+`chatd.testing.ProviderConformance` holds an implementation to it. Requests and events are made for each
+turn, so they are not frozen, at a fifth of the cost: nobody changes one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Retries:
     patience: float = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ProviderRequest:
     """What a model is asked. `parameters` go into the request as they are, where a provider can.
 
@@ -91,21 +92,21 @@ def needs(messages: Sequence[Message], parameters: Mapping[str, Any]) -> frozens
 _NOTHING: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TextDelta:
     """Some more of the answer; never empty."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReasoningDelta:
     """Some more of what the model thinks before it answers; not part of the answer."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ToolCallDelta:
     """Some more of a tool that the model calls, in OpenAI's terms.
 
@@ -118,7 +119,7 @@ class ToolCallDelta:
     arguments: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UsageReport:
     """What the answer took; the last one counts."""
 
@@ -135,7 +136,7 @@ class GenerationId:
     id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finish:
     """The end of a whole answer. `model` is the one that answered, by the provider's word."""
 

@@ -13,7 +13,7 @@ from chatd.provider import ToolCallDelta
 from chatd.storage import TurnRecord
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TurnResult:
     """How a turn ended, for whoever waits for it.
 

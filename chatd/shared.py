@@ -33,7 +33,7 @@ class Left:
     reset: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Wish:
     """What a turn wants to hold of an account, in USD.
 
@@ -49,7 +49,7 @@ class Wish:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Spending:
     """What a turn that ended adds to its account, or takes back of it, in USD.
 
@@ -63,7 +63,7 @@ class Spending:
     most: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Account:
     """What is known of what a chatbot spends in a day, in USD.
 

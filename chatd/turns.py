@@ -59,7 +59,7 @@ MAX_MODELS = 1000
 """Models whose tokens are measured; there are as many as chatbots use."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Started:
     """A turn's reply. `replayed` says that the turn was there before, by its idempotency key."""
 
@@ -67,7 +67,7 @@ class Started:
     replayed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Extras:
     """What a client that knows how models are asked may say beside its new messages.
 

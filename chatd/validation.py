@@ -52,8 +52,27 @@ def parse_json(body: bytes) -> Any:
         raise MalformedRequest(f"The body is nested more than {MAX_DEPTH} levels deep.")
     if b"\\u0000" in body and _has_nul(value):
         raise MalformedRequest("The body holds the character U+0000, which cannot be stored.")
-    _STRICT.decode(body.decode())
+    if not _is_plain(value, body):
+        _STRICT.decode(body.decode())
     return value
+
+
+def _is_plain(value: Any, body: bytes) -> bool:
+    """Whether it shows that no name stands twice and no number is out of range, at a third of the cost.
+
+    There are as many names as colons then: one that stood twice would be one name less, and a colon
+    in a text one too many. A whole number of more than 64 bits was read as a fraction.
+    """
+    names, waiting = 0, [value]
+    for item in waiting:
+        if isinstance(item, dict):
+            names += len(item)
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, float):
+            return False
+    return body.count(b":") == names
 
 
 def _reason(body: bytes, error: orjson.JSONDecodeError) -> str:

@@ -11,14 +11,15 @@ T = TypeVar("T")
 
 
 class Patience:
-    """A limit on waits that are all as long, many at a time.
+    """A limit on waits that are all as long, many at a time, of which a task has one.
 
     :param seconds: how long each may take.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._waits: dict[_Wait, None] = {}
+        self._dues: dict[asyncio.Task[Any], float] = {}
+        self._late: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     async def wait(self, work: Awaitable[T]) -> T:
@@ -27,46 +28,32 @@ class Patience:
         Raises `TimeoutError` then, and what `work` raises.
         """
         loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
+        task = asyncio.current_task(loop)
         assert task is not None
-        wait = _Wait(loop, task, loop.time() + self.seconds)
-        self._waits[wait] = None
+        before = task.cancelling()
+        self._dues[task] = due = loop.time() + self.seconds
         if self._timer is None:
-            self._timer = loop.call_at(wait.due, self._check)
+            self._timer = loop.call_at(due, self._check, loop)
         try:
             return await work
         except asyncio.CancelledError:
-            if wait.fired and task.uncancel() <= wait.before:
+            if task in self._late and task.uncancel() <= before:
                 raise TimeoutError from None
             raise
         finally:
-            self._waits.pop(wait, None)
+            self._dues.pop(task, None)
+            self._late.discard(task)
 
-    def _check(self) -> None:
+    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
-        for wait in list(self._waits):
+        for task, due in list(self._dues.items()):
             # Those that began first are first, and due first.
-            if wait.loop.time() < wait.due:
-                self._timer = wait.loop.call_at(wait.due, self._check)
+            if loop.time() < due:
+                self._timer = loop.call_at(due, self._check, loop)
                 return
-            del self._waits[wait]
-            wait.fired = True
-            wait.task.cancel()
-
-
-class _Wait:
-    """One of the waits."""
-
-    __slots__ = ("before", "due", "fired", "loop", "task")
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], due: float
-    ) -> None:
-        self.loop = loop
-        self.task = task
-        self.due = due
-        self.before = task.cancelling()
-        self.fired = False
+            del self._dues[task]
+            self._late.add(task)
+            task.cancel()
 
 
 class Watchdog:

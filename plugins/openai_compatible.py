@@ -44,7 +44,15 @@ class ChatCompletions(chatd.HttpProvider):
     def body(self, request: chatd.ProviderRequest) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": request.model,
-            "messages": [_message(message) for message in request.messages],
+            "messages": [
+                # Most are no more than that, and there are many.
+                {"role": message.role, "content": message.content}
+                if message.parts is None
+                and message.tool_calls is None
+                and message.tool_call_id is None
+                else _message(message)
+                for message in request.messages
+            ],
             "stream": request.stream,
         }
         if request.stream:
@@ -62,9 +70,7 @@ class ChatCompletions(chatd.HttpProvider):
 
 
 def _message(message: chatd.Message) -> dict[str, Any]:
-    """A message's JSON."""
-    if message.parts is None and message.tool_calls is None and message.tool_call_id is None:
-        return {"role": message.role, "content": message.content}
+    """The JSON of a message that is more than text."""
     value: dict[str, Any] = {"role": message.role, "content": message.whole}
     if message.tool_calls:
         value["content"] = message.whole or None

@@ -6,14 +6,12 @@ import logging
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Literal
 
 import orjson
-from tornado.httputil import HTTPHeaders
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
@@ -161,7 +159,16 @@ class ApiHandler(RequestHandler):
         self._quota: dict[str, str] = {}
         self.is_gone = False
         self.on_gone: Callable[[], None] | None = None
-        given = self.request.headers.get("X-Request-Id", "")
+        headers = self.request.headers
+        # Tornado's own look-ups are ten times as slow, most of all of what is not there.
+        lines = list(headers.get_all())
+        self.headers: Mapping[str, str] = dict(lines)
+        """What the request's headers say, by their usual spelling (`X-Request-Id`)."""
+        if len(self.headers) < len(lines):
+            self.headers = dict(headers)
+        self._header_lines = len(lines)
+        self._header_bytes = sum([len(name) + len(value) for name, value in lines])
+        given = self.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         logs.request_id.set(self.request_id)
         self._common_headers()
@@ -173,33 +180,36 @@ class ApiHandler(RequestHandler):
         self.set_header("Vary", "Origin")
 
     def _common_headers(self) -> None:
+        """The headers that answers and errors both have."""
         self.set_header("X-Request-Id", self.request_id)
-        origin = self.request.headers.get("Origin")
+        self._allow_origin()
+        for name, value in self._quota.items():
+            self.set_header(name, value)
+
+    def _allow_origin(self) -> None:
+        """Says to a page whether it may read the answer."""
+        origin = self.headers.get("Origin")
         if origin is not None and self._cors:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Expose-Headers", _EXPOSE_HEADERS)
-        for name, value in self._quota.items():
-            self.set_header(name, value)
 
     async def prepare(self) -> None:
         if self.services.tracing is not None:
             self._begin_span(self.services.tracing)
-        headers = self.request.headers
-        if (origin := headers.get("Origin")) is not None:
+        if (origin := self.headers.get("Origin")) is not None:
             self._cors = await self.services.access.allows_origin_somewhere(origin)
-            self._common_headers()
+            self._allow_origin()
         if getattr(getattr(self.request.connection, "stream", None), "is_crowding", False):
             most = self.services.config.max_connections_per_address
             raise RateLimited(
                 f"At most {most} requests at once are taken from one address.", retry_after=1
             )
-        sizes = [len(name) + len(value) for name, value in headers.get_all()]
-        if len(sizes) > MAX_HEADERS:
+        if self._header_lines > MAX_HEADERS:
             raise HeadersTooLarge(f"At most {MAX_HEADERS} headers are taken.")
-        if sum(sizes) > MAX_HEADER_BYTES:
+        if self._header_bytes > MAX_HEADER_BYTES:
             raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
         # Who asks first whether to send a body is told before it is sent.
-        if "Expect" in headers and _length(headers) > self.services.config.max_body_bytes:
+        if "Expect" in self.headers and _length(self.headers) > self.services.config.max_body_bytes:
             raise self._too_large()
         self._early = False
 
@@ -252,27 +262,29 @@ class ApiHandler(RequestHandler):
     def body(self) -> Any:
         """The body, read and fitting the operation's schema. Raises what does not fit."""
         value = self.json_body()
-        if self.operation is not None and self.operation.request is not None:
-            schema(self.operation.request).require(value)
+        operation = self.operation
+        if operation is not None and operation.request is not None:
+            schema(operation.request).require(value)
         return value
 
     def json_body(self) -> Any:
         """The body's JSON. Raises the `RequestError` of a body that is none."""
         if self._received > self.services.config.max_body_bytes:
             raise self._too_large()
-        content_type = self.request.headers.get("Content-Type", "application/json")
-        if not _CONTENT_TYPE.fullmatch(content_type.strip()):
+        content_type = self.headers.get("Content-Type", JSON)
+        if content_type != JSON and not _CONTENT_TYPE.fullmatch(content_type.strip()):
             raise UnsupportedMediaType
-        if self.request.headers.get("Content-Encoding", "identity") not in ("", "identity"):
+        if self.headers.get("Content-Encoding", "identity") not in ("", "identity"):
             raise UnsupportedMediaType
-        streams = self.operation is not None and self.operation.events
+        operation = self.operation
+        streams = operation is not None and operation.events
         self.require_acceptable(JSON, *([EVENT_STREAM] if streams else []))
         return parse_json(b"".join(self._chunks))
 
     def require_acceptable(self, *media_types: str) -> None:
         """Raises `NotAcceptable` when the client takes an answer of none of these types."""
-        accept = self.request.headers.get("Accept", "")
-        if not any(_accepts(accept, media_type) for media_type in media_types):
+        accept = self.headers.get("Accept", "")
+        if accept and not any(_accepts(accept, media_type) for media_type in media_types):
             named = " or ".join(media_types)
             raise NotAcceptable(f"This endpoint answers {named}; the Accept header rules that out.")
 
@@ -283,12 +295,11 @@ class ApiHandler(RequestHandler):
 
     def wants_events(self, body: Mapping[str, Any]) -> bool:
         """Whether the answer is to be a stream of events."""
-        accept = self.request.headers.get("Accept", "")
-        return bool(body.get("stream")) or not _accepts(accept, JSON)
+        return bool(body.get("stream")) or not _accepts(self.headers.get("Accept", ""), JSON)
 
     def api_key(self, body: Mapping[str, Any]) -> str | None:
         """The API key, from wherever it came. Raises `InvalidApiKey` when there are two."""
-        given = {body.get("api_key"), self.bearer(), self.request.headers.get("X-API-Key")}
+        given = {body.get("api_key"), self.bearer(), self.headers.get("X-Api-Key")}
         keys = given - {None, ""}
         if len(keys) > 1:
             raise InvalidApiKey("The request holds two different API keys. Send one.")
@@ -296,7 +307,7 @@ class ApiHandler(RequestHandler):
 
     def bearer(self) -> str | None:
         """The token of `Authorization: Bearer …`."""
-        scheme, _, token = self.request.headers.get("Authorization", "").partition(" ")
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         return token.strip() or None if scheme.lower() == "bearer" else None
 
     def serve_chatbot(self, chatbot: Chatbot, *, check_origin: bool) -> Chatbot:
@@ -307,40 +318,34 @@ class ApiHandler(RequestHandler):
         told that it may read the answer.
         """
         self.chatbot = chatbot
-        if (origin := self.request.headers.get("Origin")) is not None:
+        if (origin := self.headers.get("Origin")) is not None:
             self._cors = self.services.access.allows_origin(origin, chatbot)
             if not self._cors:
                 self.clear_header("Access-Control-Allow-Origin")
-            self._common_headers()
+            self._allow_origin()
         # A browser names no origin when it reads from a page of this server.
-        if check_origin and (origin or self.request.headers.get("Sec-Fetch-Site") != "same-origin"):
+        if check_origin and (origin or self.headers.get("Sec-Fetch-Site") != "same-origin"):
             self.services.access.require_origin(origin, chatbot)
         return chatbot
 
-    @asynccontextmanager
-    async def admitted(self, kind: Kind, **own: str | None) -> AsyncIterator[None]:
+    def admitted(self, kind: Kind, **own: str | None) -> _Admitted:
         """Counts one more of a kind for the request's chatbot, and says in headers what is left.
 
         It is counted when the `async with` ends well; else as tried in vain. Raises `RateLimited`.
 
         :param own: as in `Limits.ask`.
         """
-        assert self.chatbot is not None
-        async with self.services.limits.ask(kind, self.chatbot, own) as admission:
-            self._quota = _quota_headers(admission)
-            self._common_headers()
-            if (refusing := admission.refusing) is not None:
-                self.services.metrics.refusals.add(refusing.name)
-            admission.require()
-            try:
-                yield
-            except BaseException:
-                self._quota = _quota_headers(admission.given_back)
-                raise
+        return _Admitted(self, kind, own)
+
+    def show_quota(self, admission: Admission) -> None:
+        """Says in headers what the limits leave."""
+        self._quota = _quota_headers(admission)
+        for name, value in self._quota.items():
+            self.set_header(name, value)
 
     def client_address(self) -> str:
         """The address, or network, that the client is counted under."""
-        forwarded = self.request.headers.get("X-Forwarded-For", "")
+        forwarded = self.headers.get("X-Forwarded-For", "")
         return self.services.limits.address(self.request.remote_ip or "", forwarded)
 
     def on_connection_close(self) -> None:
@@ -371,7 +376,7 @@ class ApiHandler(RequestHandler):
         self.set_status(204)
         self.set_header("Allow", self._allow())
         self.clear_header("Content-Type")
-        if self._cors and "Access-Control-Request-Method" in self.request.headers:
+        if self._cors and "Access-Control-Request-Method" in self.headers:
             self.set_header("Access-Control-Allow-Methods", self._allow())
             self.set_header("Access-Control-Allow-Headers", _ALLOW_HEADERS)
             self.set_header("Access-Control-Max-Age", "600")
@@ -426,6 +431,33 @@ class ApiHandler(RequestHandler):
             log.error("%s %s failed: %s", self.request.method, where, logs.trace(error))
 
 
+class _Admitted:
+    """What `ApiHandler.admitted` returns. A class, since a generator costs several times as much."""
+
+    __slots__ = ("_admission", "_handler", "_kind", "_own")
+
+    def __init__(self, handler: ApiHandler, kind: Kind, own: Mapping[str, str | None]) -> None:
+        self._handler = handler
+        self._kind = kind
+        self._own = own
+
+    async def __aenter__(self) -> None:
+        handler = self._handler
+        assert handler.chatbot is not None
+        self._admission = await handler.services.limits.ask(self._kind, handler.chatbot, self._own)
+        if not self._admission.is_limited:
+            return
+        handler.show_quota(self._admission)
+        if (refusing := self._admission.refusing) is not None:
+            handler.services.metrics.refusals.add(refusing.name)
+        self._admission.require()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._admission.is_limited:
+            handler = self._handler
+            handler.show_quota(await handler.services.limits.give_back(self._admission))
+
+
 def _quota_headers(admission: Admission) -> dict[str, str]:
     """What draft-ietf-httpapi-ratelimit-headers-10 lets a client know of its limits."""
     quotas = (*admission.own, *admission.shared)
@@ -449,7 +481,7 @@ def _budget_headers(error: BudgetExhausted, others: Mapping[str, str]) -> dict[s
     }
 
 
-def _length(headers: HTTPHeaders) -> int:
+def _length(headers: Mapping[str, str]) -> int:
     """The length that a body is said to have; 0 when it is not said."""
     length = headers.get("Content-Length", "")
     return int(length) if re.fullmatch(r"[0-9]{1,18}", length, re.ASCII) else 0
