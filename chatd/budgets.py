@@ -109,7 +109,7 @@ class Budgets:
         self.defaults = defaults
         """For chatbots that set nothing else."""
         self._sharing = sharing or Sharing()
-        self._books: dict[str, _Book] = {}
+        self._books: dict[tuple[str, date], _Book] = {}
 
     async def reserve(self, chatbot: Chatbot) -> Reservation | None:
         """Holds what a turn may cost; None for a chatbot without a budget.
@@ -159,7 +159,8 @@ class Budgets:
         """What comes of a wish. Raises `StorageUnavailable`, as `reserve` does."""
         account = Account(None)
         for _ in range(TRIES):
-            await self._learn(chatbot_id, book, wish.reserve)
+            if self._is_old(book):
+                await self._learn(chatbot_id, book, wish.reserve)
             account = await self._sharing.reserve(book.account, wish)
             if account.spent is not None:
                 break
@@ -168,18 +169,23 @@ class Budgets:
         return account
 
     def _book(self, chatbot_id: str, day: date) -> _Book:
-        account = _account(chatbot_id, day)
-        book = self._books.get(account)
+        book = self._books.get((chatbot_id, day))
         if book is None:
             # Turns that began yesterday settle with yesterday's.
             over = [name for name, old in self._books.items() if old.day < day and not old.holds]
             for name in over:
                 del self._books[name]
-            book = self._books[account] = _Book(account, day)
+            book = self._books[chatbot_id, day] = _Book(_account(chatbot_id, day), day)
         return book
 
+    def _is_old(self, book: _Book) -> bool:
+        """Whether what the day has cost was not read lately."""
+        if book.read_at is None or book.epoch != self._sharing.epoch:
+            return True
+        return asyncio.get_running_loop().time() - book.read_at > READ_SECONDS
+
     async def _learn(self, chatbot_id: str, book: _Book, reserve: float) -> None:
-        """Reads what the day has cost, when that was not read lately. Raises as `reserve` does."""
+        """Reads what the day has cost, once for all who ask meanwhile. Raises as `reserve` does."""
         now = asyncio.get_running_loop().time()
         if book.read_at is None or book.epoch != self._sharing.epoch:
             async with book.reading:

@@ -320,6 +320,7 @@ class Router:
         self._pairs: dict[tuple[str, str], _Pair] = {}
         self._closing = Patience(CLOSE_SECONDS)
         self.rule = lru_cache(1024)(self._rule)
+        self.takers = lru_cache(1024)(self._takers)
 
     def _rule(self, model: str) -> Rule:
         """The first rule that matches `model`; one without a chain when none does."""
@@ -332,7 +333,7 @@ class Router:
         """The providers for `model`, in order; empty when no rule matches."""
         return self.rule(model).chain
 
-    def takers(self, model: str, needed: frozenset[str]) -> tuple[Target, ...]:
+    def _takers(self, model: str, needed: frozenset[str]) -> tuple[Target, ...]:
         """The providers for `model` that take what is needed; empty when no rule matches.
 
         Raises `InvalidRequest` when there are providers, and none takes it.
@@ -541,7 +542,7 @@ class Router:
         course.add(attempt)
         # A plain answer comes whole, within the turn's deadline; the next in the chain needs some.
         limit = timeouts.first_token if request.stream or not last else math.inf
-        said, events, tools = False, None, bool(needs((), request.parameters))
+        said, events, tools = False, None, bool(request.parameters.get("tools"))
         watchdog = Watchdog()
         due = watchdog.in_seconds(limit)
         try:
@@ -551,8 +552,9 @@ class Router:
             while True:
                 event = checked(await anext(events))
                 attempt.reached_model = True
-                attempt.generated |= isinstance(event, TOKENS)
-                is_nothing = _is_nothing(event, tools)
+                is_token = isinstance(event, TOKENS)
+                is_nothing = is_token and _is_nothing(event, tools)
+                attempt.generated |= is_token
                 if not isinstance(event, VISIBLE):
                     _note(target, attempt, event, said)
                 elif not said and not is_nothing:
@@ -565,7 +567,7 @@ class Router:
                     yield event
                     if isinstance(event, Finish):
                         return
-                    if request.stream and isinstance(event, TOKENS):
+                    if is_token and request.stream:
                         due = watchdog.in_seconds(timeouts.idle)
                 watchdog.watch(due)
         except BaseException as raised:

@@ -524,7 +524,9 @@ class Turns:
         finally:
             self._running.pop(turn.id, None)
             if turn.reserved is not None:
-                guess = 0.0 if finish.rerunnable else self._guess(turn, turn.reserved.reserve)
+                guess = None
+                if usage.cost_usd is None:
+                    guess = 0.0 if finish.rerunnable else self._guess(turn, turn.reserved.reserve)
                 turn.reserved.settle(usage.cost_usd, guess=guess)
             turn.reply.end(
                 TurnResult(

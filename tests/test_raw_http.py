@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tornado.web import RequestHandler
 
+from chatd.handlers.base import ApiHandler
 from tests.support import Served
 
 HOST = b"Host: x\r\n"
@@ -131,3 +137,22 @@ async def test_many_requests_go_over_one_connection_errors_among_them(served: Se
         length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
         await reader.readexactly(length)
     writer.close()
+
+
+def test_a_handler_is_cleared_as_tornado_clears_it() -> None:
+    """`ApiHandler.clear` is in the place of Tornado's, whose next version may set more."""
+
+    class Cleared(ApiHandler):
+        def initialize(self, **arguments: Any) -> None:
+            """Nothing that is not Tornado's."""
+
+    def state(clear: Callable[[ApiHandler], None]) -> dict[str, Any]:
+        handler = Cleared.__new__(Cleared)
+        clear(handler)
+        return {name: value for name, value in vars(handler).items() if name != "_headers"}
+
+    assert state(ApiHandler.clear) == state(RequestHandler.clear)
+    handler = Cleared.__new__(Cleared)
+    handler.clear()
+    date = parsedate_to_datetime(handler._headers["Date"])
+    assert abs((date - datetime.now(UTC)).total_seconds()) < 60
