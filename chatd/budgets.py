@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 
 from chatd.config import LimitsConfig
-from chatd.domain import Chatbot, new_id
+from chatd.domain import Chatbot
 from chatd.errors import BudgetExhausted, RateLimited, StorageUnavailable
 from chatd.shared import Account, Spending, Wish
 from chatd.sharing import HOLD_SECONDS, Sharing
@@ -111,7 +111,7 @@ class Budgets:
         self._sharing = sharing or Sharing()
         self._books: dict[tuple[str, date], _Book] = {}
 
-    async def reserve(self, chatbot: Chatbot) -> Reservation | None:
+    async def reserve(self, chatbot: Chatbot, turn_id: str) -> Reservation | None:
         """Holds what a turn may cost; None for a chatbot without a budget.
 
         Raises `BudgetExhausted`; `RateLimited` while running turns hold what is left; or
@@ -128,7 +128,7 @@ class Budgets:
             reserve = self.defaults.turn_reserve_usd
         now = self._now()
         book = self._book(chatbot.id, now.date())
-        wish = Wish(new_id(), budget, reserve, self._sharing.hold_seconds)
+        wish = Wish(turn_id, budget, reserve, self._sharing.hold_seconds)
         account = await self._asked(chatbot.id, book, wish)
         if account.granted:
             book.holds[wish.hold] = account.amount

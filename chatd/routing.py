@@ -512,7 +512,7 @@ class Router:
 
     def _without_dead(self, chain: tuple[Target, ...], model: str) -> tuple[Target, ...]:
         """The chain; when all of it is left alone, only who failed least recently."""
-        if self._pair(chain[0], model).breaker.lets:
+        if len(chain) < 2 or self._pair(chain[0], model).breaker.lets:
             return chain
         breakers = [self._pair(target, model).breaker for target in chain]
         if any(breaker.lets for breaker in breakers):
@@ -622,6 +622,8 @@ def _split(
     chain: tuple[Target, ...], request: ProviderRequest
 ) -> tuple[tuple[Target, ...], str | None]:
     """The chain with the session's side first, and the side's name; a session keeps its side."""
+    if len(chain) < 2:
+        return chain, None
     weighted = [target for target in chain if target.weight]
     if len(weighted) < 2:
         return chain, None

@@ -189,7 +189,8 @@ class Turns:
         begun = self._beginning[turn_id] = asyncio.Event()
         reserved = None
         try:
-            reserved = await self._budgets.reserve(chatbot) if self._budgets else None
+            if self._budgets is not None:
+                reserved = await self._budgets.reserve(chatbot, turn_id)
             started = await self._start(
                 turn_id, chatbot, session_id, messages, label, stream, idempotency_key, extras
             )

@@ -42,7 +42,8 @@ class Patience:
             raise
         finally:
             self._dues.pop(task, None)
-            self._late.discard(task)
+            if self._late:
+                self._late.discard(task)
 
     def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None

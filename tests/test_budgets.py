@@ -177,7 +177,7 @@ async def test_a_turn_that_reached_no_model_costs_nothing(serve: Serve) -> None:
         assert {(await talk(served, bot)).status for _ in range(5)} == {502}
         ledger = served.runtime.services.turns._budgets
         assert ledger is not None
-        held = await ledger.reserve(bot)
+        held = await ledger.reserve(bot, new_id())
         assert held is not None
         held.release()
         again = await service.serve()
@@ -235,16 +235,16 @@ async def test_a_turn_over_midnight_counts_for_the_day_it_began(serve: Serve) ->
         night = datetime.combine(datetime.now(UTC) + timedelta(days=1), time(), UTC)
         clock = night - timedelta(seconds=1)
         budgets = Budgets(served.runtime.services.storage, LimitsConfig(), now=lambda: clock)
-        late = await budgets.reserve(bot)
+        late = await budgets.reserve(bot, new_id())
         assert late is not None
         clock = night
         # It used up its own day, and nothing of the one that it ended in.
         late.settle(0.02)
-        early = await budgets.reserve(bot)
+        early = await budgets.reserve(bot, new_id())
         assert early is not None
         early.settle(0.03)
         with pytest.raises(BudgetExhausted) as refused:
-            await budgets.reserve(bot)
+            await budgets.reserve(bot, new_id())
         assert refused.value.retry_after == 24 * 3600
 
 

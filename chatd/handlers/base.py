@@ -164,14 +164,14 @@ class ApiHandler(RequestHandler):
         self.on_gone: Callable[[], None] | None = None
         headers = self.request.headers
         # Tornado's own look-ups are ten times as slow, most of all of what is not there.
-        lines = list(headers.get_all())
+        lines = [(name.lower(), value) for name, value in headers.get_all()]
         self.headers: Mapping[str, str] = dict(lines)
-        """What the request's headers say, by their usual spelling (`X-Request-Id`)."""
+        """What the request's headers say, by their names in lower case."""
         if len(self.headers) < len(lines):
-            self.headers = dict(headers)
+            self.headers = {name.lower(): value for name, value in headers.items()}
         self._header_lines = len(lines)
         self._header_bytes = sum([len(name) + len(value) for name, value in lines])
-        given = self.headers.get("X-Request-Id", "")
+        given = self.headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         logs.request_id.set(self.request_id)
         self._common_headers()
@@ -201,7 +201,7 @@ class ApiHandler(RequestHandler):
 
     def _allow_origin(self) -> None:
         """Says to a page whether it may read the answer."""
-        origin = self.headers.get("Origin")
+        origin = self.headers.get("origin")
         if origin is not None and self._cors:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Expose-Headers", _EXPOSE_HEADERS)
@@ -209,7 +209,7 @@ class ApiHandler(RequestHandler):
     async def prepare(self) -> None:
         if self.services.tracing is not None:
             self._begin_span(self.services.tracing)
-        if (origin := self.headers.get("Origin")) is not None:
+        if (origin := self.headers.get("origin")) is not None:
             self._cors = await self.services.access.allows_origin_somewhere(origin)
             self._allow_origin()
         if getattr(getattr(self.request.connection, "stream", None), "is_crowding", False):
@@ -222,7 +222,7 @@ class ApiHandler(RequestHandler):
         if self._header_bytes > MAX_HEADER_BYTES:
             raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
         # Who asks first whether to send a body is told before it is sent.
-        if "Expect" in self.headers and _length(self.headers) > self.services.config.max_body_bytes:
+        if "expect" in self.headers and _length(self.headers) > self.services.config.max_body_bytes:
             raise self._too_large()
         self._early = False
 
@@ -284,10 +284,10 @@ class ApiHandler(RequestHandler):
         """The body's JSON. Raises the `RequestError` of a body that is none."""
         if self._received > self.services.config.max_body_bytes:
             raise self._too_large()
-        content_type = self.headers.get("Content-Type", JSON)
+        content_type = self.headers.get("content-type", JSON)
         if content_type != JSON and not _CONTENT_TYPE.fullmatch(content_type.strip()):
             raise UnsupportedMediaType
-        if self.headers.get("Content-Encoding", "identity") not in ("", "identity"):
+        if self.headers.get("content-encoding", "identity") not in ("", "identity"):
             raise UnsupportedMediaType
         operation = self.operation
         streams = operation is not None and operation.events
@@ -296,7 +296,7 @@ class ApiHandler(RequestHandler):
 
     def require_acceptable(self, *media_types: str) -> None:
         """Raises `NotAcceptable` when the client takes an answer of none of these types."""
-        accept = self.headers.get("Accept", "")
+        accept = self.headers.get("accept", "")
         if accept and not any(_accepts(accept, media_type) for media_type in media_types):
             named = " or ".join(media_types)
             raise NotAcceptable(f"This endpoint answers {named}; the Accept header rules that out.")
@@ -308,11 +308,11 @@ class ApiHandler(RequestHandler):
 
     def wants_events(self, body: Mapping[str, Any]) -> bool:
         """Whether the answer is to be a stream of events."""
-        return bool(body.get("stream")) or not _accepts(self.headers.get("Accept", ""), JSON)
+        return bool(body.get("stream")) or not _accepts(self.headers.get("accept", ""), JSON)
 
     def api_key(self, body: Mapping[str, Any]) -> str | None:
         """The API key, from wherever it came. Raises `InvalidApiKey` when there are two."""
-        given = {body.get("api_key"), self.bearer(), self.headers.get("X-Api-Key")}
+        given = {body.get("api_key"), self.bearer(), self.headers.get("x-api-key")}
         keys = given - {None, ""}
         if len(keys) > 1:
             raise InvalidApiKey("The request holds two different API keys. Send one.")
@@ -320,7 +320,7 @@ class ApiHandler(RequestHandler):
 
     def bearer(self) -> str | None:
         """The token of `Authorization: Bearer …`."""
-        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        scheme, _, token = self.headers.get("authorization", "").partition(" ")
         return token.strip() or None if scheme.lower() == "bearer" else None
 
     def serve_chatbot(self, chatbot: Chatbot, *, check_origin: bool) -> Chatbot:
@@ -331,13 +331,13 @@ class ApiHandler(RequestHandler):
         told that it may read the answer.
         """
         self.chatbot = chatbot
-        if (origin := self.headers.get("Origin")) is not None:
+        if (origin := self.headers.get("origin")) is not None:
             self._cors = self.services.access.allows_origin(origin, chatbot)
             if not self._cors:
                 self.clear_header("Access-Control-Allow-Origin")
             self._allow_origin()
         # A browser names no origin when it reads from a page of this server.
-        if check_origin and (origin or self.headers.get("Sec-Fetch-Site") != "same-origin"):
+        if check_origin and (origin or self.headers.get("sec-fetch-site") != "same-origin"):
             self.services.access.require_origin(origin, chatbot)
         return chatbot
 
@@ -358,7 +358,7 @@ class ApiHandler(RequestHandler):
 
     def client_address(self) -> str:
         """The address, or network, that the client is counted under."""
-        forwarded = self.headers.get("X-Forwarded-For", "")
+        forwarded = self.headers.get("x-forwarded-for", "")
         return self.services.limits.address(self.request.remote_ip or "", forwarded)
 
     def on_connection_close(self) -> None:
@@ -389,7 +389,7 @@ class ApiHandler(RequestHandler):
         self.set_status(204)
         self.set_header("Allow", self._allow())
         self.clear_header("Content-Type")
-        if self._cors and "Access-Control-Request-Method" in self.headers:
+        if self._cors and "access-control-request-method" in self.headers:
             self.set_header("Access-Control-Allow-Methods", self._allow())
             self.set_header("Access-Control-Allow-Headers", _ALLOW_HEADERS)
             self.set_header("Access-Control-Max-Age", "600")
@@ -502,7 +502,7 @@ def _date(seconds: int) -> str:
 
 def _length(headers: Mapping[str, str]) -> int:
     """The length that a body is said to have; 0 when it is not said."""
-    length = headers.get("Content-Length", "")
+    length = headers.get("content-length", "")
     return int(length) if re.fullmatch(r"[0-9]{1,18}", length, re.ASCII) else 0
 
 

@@ -315,7 +315,7 @@ class TurnHandler(ApiHandler):
         access = self.services.access
         session = await access.widget_session(session_id)
         self.serve_chatbot(session.chatbot, check_origin=True)
-        access.require_visitor(session, user_token or self.headers.get(USER_TOKEN.name))
+        access.require_visitor(session, user_token or self.headers.get(USER_TOKEN.name.lower()))
         return session
 
     async def caller_in(self, session_id: str | None) -> tuple[Chatbot, str]:
@@ -328,7 +328,7 @@ class TurnHandler(ApiHandler):
 
     def idempotency_key(self) -> str | None:
         """The header `Idempotency-Key`. Raises `InvalidRequest`."""
-        key = self.headers.get("Idempotency-Key")
+        key = self.headers.get("idempotency-key")
         if key is not None and not (
             1 <= len(key) <= 255 and all("!" <= char <= "~" for char in key)
         ):
@@ -337,7 +337,7 @@ class TurnHandler(ApiHandler):
 
     def last_event_id(self) -> int:
         """The header `Last-Event-ID`; 0 without one. Raises `MalformedRequest`."""
-        text = self.headers.get("Last-Event-ID", "")
+        text = self.headers.get("last-event-id", "")
         if not text:
             return 0
         if not (
