@@ -13,7 +13,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -122,7 +121,7 @@ class Turns:
         """What is counted of turns, and whatever else this process counts."""
         self._estimates = Estimates()
         self._running: dict[str, RunningTurn] = {}
-        self._beginning: dict[str, asyncio.Event] = {}
+        self._beginning: dict[str, asyncio.Future[None]] = {}
         self._sharing = sharing or Sharing()
         self._elsewhere = Following(storage, self._sharing)
         self._telling = Telling(self._sharing, self._reply, self.left)
@@ -160,7 +159,7 @@ class Turns:
         Those that were given up because they do not end are not waited for.
         """
         for beginning in list(self._beginning.values()):
-            await beginning.wait()
+            await asyncio.wait([beginning])
         for tasks in (self._books.tasks, self._trailing):
             now = set(tasks)
             while pending := {task for task in now if not task.done()} - self.stuck:
@@ -186,7 +185,7 @@ class Turns:
         if self._closing:
             raise ShuttingDown
         turn_id = new_turn_id()
-        begun = self._beginning[turn_id] = asyncio.Event()
+        begun = self._beginning[turn_id] = asyncio.get_running_loop().create_future()
         reserved = None
         try:
             if self._budgets is not None:
@@ -198,7 +197,7 @@ class Turns:
                 started.reserved, reserved = reserved, None
         finally:
             del self._beginning[turn_id]
-            begun.set()
+            begun.set_result(None)
             if reserved is not None:
                 reserved.release()
         if isinstance(started, RunningTurn):
@@ -220,7 +219,7 @@ class Turns:
         settings = chatbot.settings
         system = [Message("system", settings.system_prompt)] if settings.system_prompt else []
         said = extras or Extras(messages)
-        given = sum(message.cost_chars for message in (*system, *said.given))
+        given = sum([message.cost_chars for message in (*system, *said.given)])
         budget = settings.context_tokens * self._chars_per_token.get(chatbot.model, CHARS_PER_TOKEN)
         begun = await self._books.begin(
             BeginTurn(
@@ -265,8 +264,13 @@ class Turns:
             since=since,
         )
         self._running[turn.id] = turn
-        with self._traced(turn):
+        if self._tracing is None:
             turn.task = self._books.spawn(self._run(turn, request, deadline))
+        else:
+            # What begins meanwhile is a part of the turn.
+            begin_turn_span(self._tracing, turn)
+            with self._tracing.within(turn.span):
+                turn.task = self._books.spawn(self._run(turn, request, deadline))
         return turn
 
     def require(self, chatbot: Chatbot, extras: Extras) -> None:
@@ -370,7 +374,7 @@ class Turns:
     async def _find(self, record: TurnRecord, chatbot_id: str) -> Reply:
         """The reply of a turn that storage has."""
         if (beginning := self._beginning.get(record.id)) is not None:
-            await beginning.wait()
+            await asyncio.wait([beginning])
         if (turn := self._running.get(record.id)) is not None:
             return turn.reply
         if record.status is not TurnStatus.RUNNING:
@@ -548,13 +552,6 @@ class Turns:
             end_turn_span(self._tracing, turn, status, error)
         if unsettled(trail) and not self._closing:
             self._behind(self._settle(turn))
-
-    def _traced(self, turn: RunningTurn) -> AbstractContextManager[None]:
-        """What begins meanwhile is a part of the turn, where turns are traced."""
-        if self._tracing is None:
-            return contextlib.nullcontext()
-        begin_turn_span(self._tracing, turn)
-        return self._tracing.within(turn.span)
 
     async def _settle(self, turn: RunningTurn) -> None:
         """Learns what a turn took that is not known at its end, if that can be."""
