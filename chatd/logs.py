@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, TextIO
 
 import orjson
@@ -51,8 +52,9 @@ class LineHandler(logging.StreamHandler[TextIO]):
 
 
 def _line(created: float, level: str, logger: str, message: str, fields: Mapping[str, Any]) -> str:
+    second = int(created)
     line: dict[str, Any] = {
-        "time": datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds"),
+        "time": f"{_second(second)}.{int((created - second) * 1000):03d}+00:00",
         "level": level,
         "logger": logger,
         "message": message,
@@ -61,6 +63,12 @@ def _line(created: float, level: str, logger: str, message: str, fields: Mapping
         line["request_id"] = id
     line.update(fields)
     return orjson.dumps(line, default=str).decode()
+
+
+@lru_cache(1)
+def _second(seconds: int) -> str:
+    """A time in UTC, without its zone."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class TextFormatter(logging.Formatter):
