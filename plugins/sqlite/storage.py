@@ -20,7 +20,7 @@ import apsw
 
 import chatd
 
-from .connection import Connection, unavailable
+from .connection import Connection, Writer, unavailable
 from .doctor import diagnose
 from .erasing import INCREMENTAL, delete_session, empty_log, erase_idle_sessions, give_back
 from .moving import TALLY, export_session, import_session
@@ -41,6 +41,9 @@ from .schema import MIGRATIONS
 from .turns import INTERRUPT, begin_turn, finish_turn, require_session, stored_turn
 from .usage import usage_query
 
+QUICK_CHARS = 64_000
+"""The most history that is read in the loop, in characters."""
+
 
 class SQLiteStorage:
     """`chatd.Storage` in a file."""
@@ -49,16 +52,16 @@ class SQLiteStorage:
         self._path = path
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
-        self._writer = Connection(path, self._connect, write=True)
-        self._reader = Connection(path, self._connect, write=False)
+        self._writer = Writer(
+            "sqlite-write", path, self._connect, busy_timeout=round(busy_timeout * 1000)
+        )
+        self._reader = Connection("sqlite-read", path, self._connect)
         self._lock: IO[bytes] | None = None
         self._file: tuple[int, int] | None = None
         self._began = False
 
     async def open(self) -> None:
         """Creates or migrates the database. Raises `PluginError` when it cannot be used."""
-        self._writer.start()
-        self._reader.start()
         try:
             await self._writer.submit(self._migrate)
             found = self._path.stat()
@@ -289,10 +292,11 @@ class SQLiteStorage:
 
     async def begin_turn(self, request: chatd.BeginTurn) -> chatd.BegunTurn | chatd.ExistingTurn:
         self._began = True
-        return await self._writer.submit(lambda db: begin_turn(db, request))
+        quick = request.history_chars <= QUICK_CHARS
+        return await self._writer.submit(lambda db: begin_turn(db, request), quick=quick)
 
     async def finish_turn(self, result: chatd.FinishTurn) -> bool:
-        return await self._writer.submit(lambda db: finish_turn(db, result))
+        return await self._writer.submit(lambda db: finish_turn(db, result), quick=True)
 
     async def settle_turn(self, turn_id: str, run: int, usage: chatd.Usage) -> bool:
         return await self._change(
