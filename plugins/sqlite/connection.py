@@ -191,13 +191,23 @@ class Writer(Connection):
     all are run once more, each in a savepoint of its own.
 
     :param busy_timeout: milliseconds to wait on the thread while another process writes.
+    :param forget: is called when the file is not what it was: within a transaction before which
+        another connection wrote, and after one was undone.
     """
 
     def __init__(
-        self, name: str, path: Path, open: Callable[[], apsw.Connection], *, busy_timeout: int
+        self,
+        name: str,
+        path: Path,
+        open: Callable[[], apsw.Connection],
+        *,
+        busy_timeout: int,
+        forget: Callable[[], None],
     ) -> None:
         super().__init__(name, path, open)
         self._busy_timeout = busy_timeout
+        self._forget = forget
+        self._version: int | None = None
 
     def _begin(self, waiting: deque[_Piece]) -> None:
         if self._connection is None or not waiting[0].quick:
@@ -208,7 +218,7 @@ class Writer(Connection):
             group.append(waiting.popleft())
         self._connection.set_busy_timeout(0)
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._begin_transaction(self._connection)
         except apsw.Error:
             self._thread.do(partial(self._run, group))
             return
@@ -231,7 +241,7 @@ class Writer(Connection):
     def _run_group(self, connection: apsw.Connection, group: Sequence[_Piece]) -> Outcomes:
         connection.set_busy_timeout(self._busy_timeout)
         try:
-            connection.execute("BEGIN IMMEDIATE")
+            self._begin_transaction(connection)
             outcomes = self._run_pieces(connection, group)
             connection.execute("COMMIT")
         except Exception as error:
@@ -244,15 +254,24 @@ class Writer(Connection):
         """What comes of a group whose transaction failed."""
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+        self._forget()
         failed = self._translated(error)
         return [(piece.future, None, failed) for piece in group]
+
+    def _begin_transaction(self, connection: apsw.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        version = connection.execute("PRAGMA data_version").get
+        if version != self._version:
+            self._forget()
+            self._version = version
 
     def _run_pieces(self, connection: apsw.Connection, group: Sequence[_Piece]) -> Outcomes:
         """Runs a group within a transaction."""
         outcomes = self._run_together(connection, group)
         if outcomes is None:
             connection.execute("ROLLBACK")
-            connection.execute("BEGIN IMMEDIATE")
+            self._forget()
+            self._begin_transaction(connection)
             outcomes = self._run_apart(connection, group)
         return outcomes
 
@@ -282,6 +301,7 @@ class Writer(Connection):
             result, error = self._run_one(connection, piece.work)
             if error is not None:
                 connection.execute("ROLLBACK TO piece")
+                self._forget()
             connection.execute("RELEASE piece")
             outcomes.append((piece.future, result, error))
         return outcomes
