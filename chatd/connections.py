@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from socket import SHUT_WR, socket
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from tornado.httpserver import HTTPServer
@@ -25,7 +25,7 @@ from tornado.httputil import (
     ResponseStartLine,
     set_parse_body_config,
 )
-from tornado.ioloop import PeriodicCallback
+from tornado.ioloop import IOLoop, PeriodicCallback
 from tornado.iostream import IOStream
 from tornado.netutil import add_accept_handler
 from tornado.web import Application
@@ -48,6 +48,49 @@ SPARE_FILES = 128
 
 TELL_SECONDS = 60.0
 """How often the log says at most that clients are turned away."""
+
+
+class _Listening:
+    """The event loop, as a stream uses it, which goes on listening while a request is answered.
+
+    Tornado stops to listen to a client as soon as its request has come, and begins again when it
+    was read: eight calls of the system for each request. Here it is stopped when something comes
+    that is not asked for, which few clients send.
+    """
+
+    READ = IOLoop.READ
+    WRITE = IOLoop.WRITE
+    ERROR = IOLoop.ERROR
+
+    def __init__(self, loop: IOLoop) -> None:
+        self._loop = loop
+        self._wanted = 0
+        self._listens = 0
+        self._handler: Callable[[Any, int], None]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def add_handler(self, fd: int, handler: Callable[[Any, int], None], events: int) -> None:
+        """As the loop's."""
+        self._handler = handler
+        self._wanted = self._listens = events
+        self._loop.add_handler(fd, self._on_events, events)
+
+    def update_handler(self, fd: int, events: int) -> None:
+        """As the loop's; that nothing is to be read any more is not told to the system yet."""
+        self._wanted = events
+        if events | (self._listens & self.READ) != self._listens:
+            self._listens = events
+            self._loop.update_handler(fd, events)
+
+    def _on_events(self, fd: Any, events: int) -> None:
+        if events & self.READ and not self._wanted & self.READ:
+            self._listens = self._wanted
+            self._loop.update_handler(fd, self._wanted)
+            events &= ~self.READ
+        if events:
+            self._handler(fd, events)
 
 
 class ClientStream(IOStream):
@@ -73,6 +116,7 @@ class ClientStream(IOStream):
         self.unread_since: float | None = None
         self._on_closed = on_closed
         super().__init__(connection)
+        self.io_loop = cast("IOLoop", _Listening(self.io_loop))
         # What is written is whole, and a token waits for nothing.
         super().set_nodelay(True)
 
