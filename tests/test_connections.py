@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import Serve
-from tests.support import Served
+from tests.support import KEY, Served
 
 CONFIG = """
 server: {header_timeout: %s, body_timeout: %s, keep_alive_seconds: %s, unread_seconds: %s, %s}
@@ -150,6 +151,34 @@ async def test_an_answer_that_takes_long_is_not_dropped(serve: Serve) -> None:
     bot = await served.add_bot()
     said = await served.chat(bot, await served.session(bot), "one two three four five six")
     assert said.status == 200
+
+
+async def test_what_is_sent_while_a_request_is_answered_waits_outside(serve: Serve) -> None:
+    """Requests that come ahead of their turn are answered in order, and not read into memory."""
+    served = await serve(config(word=0.5))
+    bot = await served.add_bot()
+    body = {"assistant_id": bot.id, "api_key": KEY, "session_id": await served.session(bot)}
+    said = [{"role": "user", "content": "one two"}]
+    content = json.dumps({**body, "type": "m", "messages": said}).encode()
+    head = b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    turn = head + f"Content-Length: {len(content)}\r\n\r\n".encode() + content
+    address = urlsplit(served.url)
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        # So that no more than a little is on its way.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        client.setblocking(False)
+        await loop.sock_connect(client, (address.hostname, address.port))
+        await loop.sock_sendall(client, turn)
+        await asyncio.sleep(0.2)
+        flood = asyncio.create_task(loop.sock_sendall(client, (HEALTH + b"\r\n") * 1_000_000))
+        found = b""
+        async with asyncio.timeout(20):
+            while found.count(b"HTTP/1.1 200") < 3:
+                found += await loop.sock_recv(client, 65536)
+                assert not flood.done(), "40 MB were taken before the first answer"
+        assert found.index(b"You said: one two") < found.index(b'"status"')
+        flood.cancel()
 
 
 async def test_one_address_has_so_many_connections_and_others_have_theirs(serve: Serve) -> None:
