@@ -142,9 +142,12 @@ async def collect(
     try:
         if turn.ending is not None:
             return _ended_early(turn)
-        async with aclosing(events):
+        try:
             async for event in events:
                 turn.take(event)
+        finally:
+            # As `aclosing` does, at half the cost.
+            await events.aclose()
         if turn.finish is not None and turn.has_answer:
             return TurnStatus.COMPLETED, None
         log.warning("turn %s has no answer: %s said nothing", turn.id, asked(turn))

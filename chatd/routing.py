@@ -10,7 +10,6 @@ import random
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -398,21 +397,24 @@ class Router:
                 ticket = self._ticket(run, target, others, asked=asked or failure is not None)
             late, count = None if after else self._late_after(run, target, others), 0
             while ticket is not None:
-                said, race, count = False, _Race(), count + 1
+                said, race, count = False, None, count + 1
                 if late is not None:
+                    race = _Race()
                     lane = self._raced(run, target, others, ticket, course, late, race)
                 else:
                     lane = self._events(run, target, ticket, course, last=not others)
                 try:
-                    async with aclosing(lane):
-                        async for event in lane:
-                            if not said and isinstance(event, VISIBLE):
-                                said = True
-                            yield event
+                    async for event in lane:
+                        if not said and isinstance(event, VISIBLE):
+                            said = True
+                        yield event
                     return
                 except ProviderError as error:
                     failure = error
-                if said or race.is_joined:
+                finally:
+                    # As `aclosing` does, at half the cost.
+                    await lane.aclose()
+                if said or (race is not None and race.is_joined):
                     raise failure
                 # The sides of a race asked again themselves.
                 again = late is None
