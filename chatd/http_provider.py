@@ -7,7 +7,7 @@ import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -19,7 +19,16 @@ import orjson
 from chatd.domain import Usage
 from chatd.errors import ProviderError, ProviderErrorKind
 from chatd.http_errors import cleaned, kind_of, retry_hint, sentences
-from chatd.provider import Event, Finish, FinishReason, ProviderRequest, UsageReport
+from chatd.pacing import PacedStream, pacer
+from chatd.provider import (
+    Event,
+    Finish,
+    FinishReason,
+    ProviderRequest,
+    TextDelta,
+    ToolCallDelta,
+    UsageReport,
+)
 from chatd.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from chatd.tracing import outgoing
 
@@ -52,6 +61,7 @@ _was_used: ContextVar[bool] = ContextVar("was_used", default=False)
 
 _NAME = re.compile(r"[ -~]{1,200}")
 _NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_SHOWN = (TextDelta, ToolCallDelta)
 _DIED = (
     aiohttp.ServerDisconnectedError,
     aiohttp.ClientOSError,
@@ -251,11 +261,14 @@ class HttpProvider(ABC):
                 for event in answer.begin(response.headers):
                     yield event
                 if response.content_type == "text/event-stream":
-                    decoder, pieces = SSEDecoder(), _Pieces(response, answer)
-                    while piece := await pieces.next():
-                        for data in decoder.feed(piece):
-                            for event in answer.chunk(data):
+                    decoder = SSEDecoder()
+                    with PacedStream(pacer()) as paced:
+                        pieces = _Pieces(response, answer, paced)
+                        while piece := await pieces.next():
+                            chunks = decoder.feed(piece)
+                            for event in _read(answer, chunks, joined=pieces.have_waited):
                                 started = True
+                                pieces.is_shown = pieces.is_shown or isinstance(event, _SHOWN)
                                 yield event
                 else:
                     for event in answer.whole(_object(await self._json(response))):
@@ -301,7 +314,7 @@ class HttpProvider(ABC):
         )
 
     async def _json(self, response: aiohttp.ClientResponse) -> Any:
-        text = await _read(response)
+        text = await _body(response)
         try:
             return _loads(text)
         except (ValueError, RecursionError):
@@ -423,17 +436,56 @@ def _session(headers: Mapping[str, str], connector: aiohttp.BaseConnector) -> ai
     )
 
 
-class _Pieces:
-    """The pieces of a body, as long as the answer in it is not whole, and a moment longer."""
+def _read(answer: HttpAnswer, chunks: Iterable[bytes], *, joined: bool) -> Iterator[Event]:
+    """The events of what was read at once. Raises as `HttpAnswer.chunk` does, after those before.
 
-    def __init__(self, response: aiohttp.ClientResponse, answer: HttpAnswer) -> None:
+    :param joined: whether texts that follow each other are one event.
+    """
+    texts: list[str] = []
+    try:
+        for data in chunks:
+            for event in answer.chunk(data):
+                if joined and type(event) is TextDelta:
+                    texts.append(event.text)
+                    continue
+                if texts:
+                    yield TextDelta("".join(texts))
+                    texts.clear()
+                yield event
+    except Exception:
+        if texts:
+            yield TextDelta("".join(texts))
+        raise
+    if texts:
+        yield TextDelta("".join(texts))
+
+
+class _Pieces:
+    """The pieces of a body, as long as the answer in it is not whole, and a moment longer.
+
+    Once something is shown of it, a piece is all that came while other streams had their turn.
+    """
+
+    def __init__(
+        self, response: aiohttp.ClientResponse, answer: HttpAnswer, paced: PacedStream
+    ) -> None:
+        self.is_shown = False
+        """Whether anything came that a client gets to see."""
+        self.have_waited = False
+        """Whether the last piece was left for others to have their turn first."""
         self._content = response.content
         self._answer = answer
+        self._paced = paced
         self._until: float | None = None
+        self._content.on_eof(paced.hurry)
 
     async def next(self) -> bytes:
         """The next piece; nothing at the end."""
         if not self._answer.is_whole:
+            wait = self._paced.wait() if self.is_shown else None
+            self.have_waited = wait is not None
+            if wait is not None:
+                await wait
             return await self._content.readany()
         grace = DONE_GRACE_SECONDS if self._answer.is_done else END_GRACE_SECONDS
         until = asyncio.get_running_loop().time() + grace
@@ -446,7 +498,7 @@ class _Pieces:
             return b""
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
+async def _body(response: aiohttp.ClientResponse) -> bytes:
     parts: list[bytes] = []
     size = 0
     while part := await response.content.readany():

@@ -107,11 +107,15 @@ class Reply:
 
     def text_from(self, place: int, limit: int) -> str:
         """What was said from `place` on, at most `limit` characters of it."""
-        if place >= self.length:
+        ends = self._ends
+        if not ends or place >= ends[-1]:
             return ""
-        first = bisect_right(self._ends, place)
-        start = place - (self._ends[first - 1] if first else 0)
-        last = min(bisect_right(self._ends, place + limit), len(self._parts) - 1)
+        # Who keeps up lacks the last part alone.
+        if len(ends) > 1 and place == ends[-2]:
+            return self._parts[-1][:limit]
+        first = bisect_right(ends, place)
+        start = place - (ends[first - 1] if first else 0)
+        last = min(bisect_right(ends, place + limit), len(self._parts) - 1)
         if first == last:
             return self._parts[first][start : start + limit]
         return "".join(self._parts[first : last + 1])[start : start + limit]

@@ -49,12 +49,14 @@ class SSEDecoder:
         if self._at_start and lines:
             self._at_start = False
             lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+        data = self._data
         for line in lines:
             if line:
-                self._field(line)
-            elif self._data:
-                yield b"\n".join(self._data)
-                self._data.clear()
+                if line.startswith(b"data"):
+                    self._field(line)
+            elif data:
+                yield data[0] if len(data) == 1 else b"\n".join(data)
+                data.clear()
                 self._data_bytes = 0
         self._keep(rest)
 
@@ -65,11 +67,15 @@ class SSEDecoder:
             self._check(self._tail_bytes + self._data_bytes)
 
     def _field(self, line: bytes) -> None:
-        name, _, value = line.partition(b":")
-        if name == b"data":
-            self._data.append(value.removeprefix(b" "))
-            self._data_bytes += len(value) + 1
-            self._check(self._data_bytes)
+        if line[4:6] == b": ":
+            value = line[6:]
+        elif len(line) == 4 or line[4:5] == b":":
+            value = line[5:]
+        else:
+            return
+        self._data.append(value)
+        self._data_bytes += len(value) + 1
+        self._check(self._data_bytes)
 
     def _check(self, size: int) -> None:
         if size > self._max_bytes:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import orjson
-from tornado.iostream import StreamClosedError
+from tornado.iostream import IOStream, StreamClosedError
 
 from chatd.access import WidgetSession
 from chatd.domain import Chatbot, TurnStatus, Usage, canonical_id
@@ -210,6 +210,10 @@ class _Writer:
         self._reply = reply
         self._format = format
         self._loop = asyncio.get_running_loop()
+        connection: Any = handler.request.connection
+        self._connection: IOStream = connection.stream
+        self._is_chunked = handler.request.version == "HTTP/1.1"
+        self._began = False
         self._woken = False
         self._flushing = False
         self._written = self._loop.time()
@@ -253,13 +257,40 @@ class _Writer:
 
     def _write(self, data: bytes) -> None:
         self._written = self._loop.time()
-        self._handler.write(data)
-        flushed = self._handler.flush()
+        flushed = self._send(data) if self._began else self._begin(data)
+        if flushed is None:
+            return
         if not flushed.done():
             self._flushing = True
             flushed.add_done_callback(self._flushed)
         elif flushed.exception() is not None:
             self._leave()
+
+    def _begin(self, data: bytes) -> asyncio.Future[None]:
+        """Writes the response's head as well."""
+        self._began = True
+        self._handler.write(data)
+        return self._handler.flush()
+
+    def _send(self, data: bytes) -> asyncio.Future[None] | None:
+        """Writes more of the body; None when the system has taken all of it.
+
+        Tornado's own ways cost several times as much as the system does.
+        """
+        connection = self._connection
+        if connection.closed():
+            self._leave()
+            return None
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        sent = 0
+        if not connection.writing():
+            try:
+                sent = connection.socket.send(data)
+            except OSError:
+                # Unless it is only full it fails again below, where that is dealt with.
+                sent = 0
+        return connection.write(memoryview(data)[sent:]) if sent < len(data) else None
 
     def _flushed(self, flushed: asyncio.Future[None]) -> None:
         self._flushing = False
@@ -273,8 +304,7 @@ class _Writer:
             return
         silent = self._loop.time() - self._written
         if self._flushing and silent >= SLOW_READER_SECONDS:
-            connection: Any = self._handler.request.connection
-            connection.stream.close()
+            self._connection.close()
             self._leave()
             return
         if not self._flushing and silent >= HEARTBEAT_SECONDS:
