@@ -411,7 +411,8 @@ class _Connector(aiohttp.TCPConnector):
         connection = await super().connect(req, traces, timeout)
         # In the task of the request, so that the one who sends it reads it there.
         _was_used.set(connection.protocol in self._used)
-        self._used.add(connection.protocol)
+        if not _was_used.get():
+            self._used.add(connection.protocol)
         return connection
 
 
