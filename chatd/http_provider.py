@@ -55,7 +55,7 @@ GET_SECONDS = 10.0
 """How long `get` waits for its whole answer."""
 
 _Kind = ProviderErrorKind
-_JSON = {"Content-Type": "application/json"}
+_JSON = "application/json"
 _was_used: ContextVar[bool] = ContextVar("was_used", default=False)
 """Whether the connection of the request that was sent last had been used before."""
 
@@ -148,11 +148,11 @@ class HttpAnswer(ABC):
         return float(value) if good and 0 <= value < 2**53 else None
 
 
-def _headers(data: bytes | None) -> Mapping[str, str] | None:
-    """Of one request: what its body is, and the span that it is a part of, where there is one."""
-    own = None if data is None else _JSON
-    traced = outgoing.get()
-    return own if traced is None else {**(own or {}), **traced}
+def _payload(data: bytes) -> aiohttp.Payload:
+    """JSON as a body, with its type; what says of a body what it is, aiohttp need not look for."""
+    if len(data) >= LARGE_BODY:
+        return aiohttp.BytesIOPayload(io.BytesIO(data), content_type=_JSON)
+    return aiohttp.BytesPayload(data, content_type=_JSON)
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -306,8 +306,8 @@ class HttpProvider(ABC):
         return await http.request(
             method,
             self._base_url + path,
-            data=io.BytesIO(data) if data is not None and len(data) >= LARGE_BODY else data,
-            headers=_headers(data),
+            data=None if data is None else _payload(data),
+            headers=outgoing.get(),
             # A redirect would take the key to another host.
             allow_redirects=False,
             timeout=_timeout(connect),
