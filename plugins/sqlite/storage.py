@@ -20,7 +20,7 @@ import apsw
 
 import chatd
 
-from .connection import Connection, unavailable
+from .connection import Connection, Writer, unavailable
 from .doctor import diagnose
 from .erasing import INCREMENTAL, delete_session, empty_log, erase_idle_sessions, give_back
 from .moving import TALLY, export_session, import_session
@@ -49,16 +49,14 @@ class SQLiteStorage:
         self._path = path
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
-        self._writer = Connection(path, self._connect, write=True)
-        self._reader = Connection(path, self._connect, write=False)
+        self._writer = Writer("sqlite-write", path, self._connect)
+        self._reader = Connection("sqlite-read", path, self._connect)
         self._lock: IO[bytes] | None = None
         self._file: tuple[int, int] | None = None
         self._began = False
 
     async def open(self) -> None:
         """Creates or migrates the database. Raises `PluginError` when it cannot be used."""
-        self._writer.start()
-        self._reader.start()
         try:
             await self._writer.submit(self._migrate)
             found = self._path.stat()
