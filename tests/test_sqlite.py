@@ -157,6 +157,27 @@ async def test_closing_lets_what_was_submitted_finish(path: Path) -> None:
     connection.close()
 
 
+async def test_history_of_a_session_that_is_talked_to_is_not_read_again(
+    storage: SQLiteStorage,
+) -> None:
+    session = await _session(storage)
+    await _say(storage, session, "first")
+    connection = storage._writer._connection
+    assert connection is not None
+    statements: list[str] = []
+
+    def note(cursor: apsw.Cursor, statement: str, values: Any) -> bool:
+        statements.append(statement)
+        return True
+
+    connection.exec_trace = note
+    begun = await storage.begin_turn(a_turn(session, "second"))
+    connection.exec_trace = None
+    assert [message.content for message in begun.history] == ["first", "You said: first"]  # type: ignore[union-attr]
+    assert any("INSERT INTO conversations" in statement for statement in statements)
+    assert not any("SELECT" in statement for statement in statements)
+
+
 @pytest.mark.parametrize(("setting", "level"), [(None, 2), ("full", 2), ("normal", 1), ("off", 0)])
 async def test_the_synchronous_setting_is_full_unless_told_otherwise(
     path: Path, setting: str | None, level: int

@@ -175,11 +175,26 @@ class Writer(Connection):
 
     One piece's failure never undoes another's work: when a piece fails that has changed something,
     all are run once more, each in a savepoint of its own.
+
+    :param forget: is called on the thread when the file is not what it was: in a transaction before
+        which another connection wrote, and after one was undone.
     """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        open: Callable[[], apsw.Connection],
+        *,
+        forget: Callable[[], None],
+    ) -> None:
+        super().__init__(name, path, open)
+        self._forget = forget
+        self._version: int | None = None
 
     def _run_group(self, connection: apsw.Connection, group: Sequence[_Piece]) -> Outcomes:
         try:
-            connection.execute("BEGIN IMMEDIATE")
+            self._begin_transaction(connection)
             outcomes = self._run_pieces(connection, group)
             connection.execute("COMMIT")
         except Exception as error:
@@ -193,15 +208,24 @@ class Writer(Connection):
         with contextlib.suppress(apsw.Error):  # the next group tries it again
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+        self._forget()
         failed = self._translated(error)
         return [(piece.future, None, failed) for piece in group]
+
+    def _begin_transaction(self, connection: apsw.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        version = connection.execute("PRAGMA data_version").get
+        if version != self._version:
+            self._forget()
+            self._version = version
 
     def _run_pieces(self, connection: apsw.Connection, group: Sequence[_Piece]) -> Outcomes:
         """Runs a group within a transaction."""
         outcomes = self._run_together(connection, group)
         if outcomes is None:
             connection.execute("ROLLBACK")
-            connection.execute("BEGIN IMMEDIATE")
+            self._forget()
+            self._begin_transaction(connection)
             outcomes = self._run_apart(connection, group)
         return outcomes
 
@@ -231,6 +255,7 @@ class Writer(Connection):
             result, error = self._run_one(connection, piece.work)
             if error is not None:
                 connection.execute("ROLLBACK TO piece")
+                self._forget()
             connection.execute("RELEASE piece")
             outcomes.append((piece.future, result, error))
         return outcomes

@@ -24,6 +24,7 @@ from .connection import Connection, Writer, unavailable
 from .doctor import diagnose
 from .erasing import INCREMENTAL, delete_session, empty_log, erase_idle_sessions, give_back
 from .moving import TALLY, export_session, import_session
+from .recent import Recent
 from .rows import (
     CHATBOT_COLUMNS,
     KEY_SCHEME,
@@ -49,7 +50,8 @@ class SQLiteStorage:
         self._path = path
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
-        self._writer = Writer("sqlite-write", path, self._connect)
+        self._recent = Recent()
+        self._writer = Writer("sqlite-write", path, self._connect, forget=self._recent.clear)
         self._reader = Connection("sqlite-read", path, self._connect)
         self._lock: IO[bytes] | None = None
         self._file: tuple[int, int] | None = None
@@ -194,7 +196,12 @@ class SQLiteStorage:
         return await self._writer.submit(work)
 
     async def remove_chatbot(self, chatbot_id: str) -> bool:
-        return await self._change("DELETE FROM chatbots WHERE id = ?", (chatbot_id,))
+        def work(db: apsw.Connection) -> bool:
+            self._recent.clear()
+            db.execute("DELETE FROM chatbots WHERE id = ?", (chatbot_id,))
+            return db.changes() > 0
+
+        return await self._writer.submit(work)
 
     async def _change(self, sql: str, values: tuple[Any, ...]) -> bool:
         def work(db: apsw.Connection) -> bool:
@@ -242,14 +249,20 @@ class SQLiteStorage:
         return session_of(row) if row else None
 
     async def delete_session(self, session_id: str, chatbot_id: str) -> bool:
-        return await self._writer.submit(lambda db: delete_session(db, session_id, chatbot_id))
+        def work(db: apsw.Connection) -> bool:
+            self._recent.forget(session_id)
+            return delete_session(db, session_id, chatbot_id)
+
+        return await self._writer.submit(work)
 
     async def erase_idle_sessions(
         self, chatbot_id: str, before: datetime, *, limit: int, after: str | None = None
     ) -> chatd.Erased:
-        return await self._writer.submit(
-            lambda db: erase_idle_sessions(db, chatbot_id, before, limit, after)
-        )
+        def work(db: apsw.Connection) -> chatd.Erased:
+            self._recent.clear()
+            return erase_idle_sessions(db, chatbot_id, before, limit, after)
+
+        return await self._writer.submit(work)
 
     async def reclaim(self) -> None:
         more = True
@@ -287,10 +300,10 @@ class SQLiteStorage:
 
     async def begin_turn(self, request: chatd.BeginTurn) -> chatd.BegunTurn | chatd.ExistingTurn:
         self._began = True
-        return await self._writer.submit(lambda db: begin_turn(db, request))
+        return await self._writer.submit(lambda db: begin_turn(db, self._recent, request))
 
     async def finish_turn(self, result: chatd.FinishTurn) -> bool:
-        return await self._writer.submit(lambda db: finish_turn(db, result))
+        return await self._writer.submit(lambda db: finish_turn(db, self._recent, result))
 
     async def settle_turn(self, turn_id: str, run: int, usage: chatd.Usage) -> bool:
         return await self._change(
@@ -378,7 +391,9 @@ class SQLiteStorage:
 
         def work(db: apsw.Connection) -> int:
             db.execute(INTERRUPT + where)
-            return db.changes()
+            if ended := db.changes():
+                self._recent.clear()
+            return ended
 
         return await self._writer.submit(work)
 
@@ -413,7 +428,11 @@ class SQLiteStorage:
         return await self._reader.submit(lambda db: export_session(db, session_id, place))
 
     async def import_session(self, part: chatd.SessionPart) -> None:
-        await self._writer.submit(lambda db: import_session(db, part))
+        def work(db: apsw.Connection) -> None:
+            self._recent.forget(part.session.id)
+            import_session(db, part)
+
+        await self._writer.submit(work)
 
 
 def _take_lock(path: Path) -> tuple[IO[bytes], bool]:

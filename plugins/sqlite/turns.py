@@ -8,6 +8,7 @@ import apsw
 
 import chatd
 
+from .recent import Recent, RecentSession, Said, Whole, messages_of
 from .rows import TURN_COLUMNS, TURN_TABLES, turn_of
 
 INTERRUPT = (
@@ -31,13 +32,22 @@ _NEWEST = "SELECT seq FROM turns WHERE session_id = ? ORDER BY seq DESC LIMIT 1"
 
 
 def begin_turn(
-    db: apsw.Connection, request: chatd.BeginTurn
+    db: apsw.Connection, recent: Recent, request: chatd.BeginTurn
 ) -> chatd.BegunTurn | chatd.ExistingTurn:
     """As `chatd.Storage.begin_turn`.
 
     Several small statements: SQLite takes three times as long for one that joins them.
     """
     session, turn_id = request.session_id, request.turn_id
+    known = recent.resting(session, request.chatbot_id)
+    if known is not None:
+        try:
+            _insert_turn(db, request, known.seq + 1)
+        except apsw.ConstraintError:
+            pass  # its id or its idempotency key is known: which, is found below
+        else:
+            return _begun_next(db, recent, request, known)
+    recent.forget(session)
     user_id = require_session(db, session, request.chatbot_id)
     running, has_lapsed, run = db.execute(
         "SELECT turn_id, lease_until <= unixepoch('subsec'), run FROM turns"
@@ -53,36 +63,62 @@ def begin_turn(
         ended = stored_turn(db, "t.turn_id = ? AND t.session_id = ?", turn_id, session)
         if ended is not None:
             return chatd.ExistingTurn(ended)
-    if request.idempotency_key is not None and (known := _known(db, request, user_id)):
-        return known
+    if request.idempotency_key is not None and (existing := _known(db, request, user_id)):
+        return existing
     if running:
         raise chatd.TurnInProgress(turn_id=running)
-    _insert(db, request)
-    return _begun(db, request, turn_id, user_id, 1)
-
-
-def _insert(db: apsw.Connection, request: chatd.BeginTurn) -> None:
-    """Stores a new turn and what the user says in it."""
-    session, turn_id = request.session_id, request.turn_id
     newest = db.execute(_NEWEST, (session,)).fetchone()
+    seq = newest[0] + 1 if newest else 1
+    _insert_turn(db, request, seq)
+    return _begun_first(db, recent, request, seq, user_id)
+
+
+def _begun_next(
+    db: apsw.Connection, recent: Recent, request: chatd.BeginTurn, session: RecentSession
+) -> chatd.BegunTurn:
+    """A turn that was stored as the next one of a session that is known."""
+    seq, kept = session.seq + 1, session.history(request.history_chars)
+    if kept is None:
+        return _begun_first(db, recent, request, seq, session.user_id)
+    _insert_messages(db, request)
+    recent.begun(request, seq, session)
+    return chatd.BegunTurn(request.turn_id, *kept, session.user_id)
+
+
+def _begun_first(
+    db: apsw.Connection, recent: Recent, request: chatd.BeginTurn, seq: int, user_id: str | None
+) -> chatd.BegunTurn:
+    """A turn that was stored as the next one of a session that has to be read."""
+    _insert_messages(db, request)
+    wholes, truncated = _history(db, request, request.turn_id)
+    recent.read(request, seq, user_id, wholes, is_all=not truncated)
+    return chatd.BegunTurn(request.turn_id, messages_of(reversed(wholes)), truncated, user_id)
+
+
+def _insert_turn(db: apsw.Connection, request: chatd.BeginTurn, seq: int) -> None:
+    """Stores a new turn. Raises `apsw.ConstraintError` when it cannot be the session's next one."""
     db.execute(
         "INSERT INTO turns (turn_id, seq, session_id, status, label, idempotency_key,"
         " request_hash, lease_until)"
         " VALUES (?, ?, ?, 'running', ?, ?, ?, unixepoch('subsec') + ?)",
         (
-            turn_id,
-            newest[0] + 1 if newest else 1,
-            session,
+            request.turn_id,
+            seq,
+            request.session_id,
             request.label,
             request.idempotency_key,
             request.request_hash,
             request.lease_seconds,
         ),
     )
+
+
+def _insert_messages(db: apsw.Connection, request: chatd.BeginTurn) -> None:
+    """Stores what the user says in a new turn."""
     for message in request.messages:
         db.execute(
             "INSERT INTO conversations (session_id, role, content, turn_id) VALUES (?, ?, ?, ?)",
-            (session, message.role, message.content, turn_id),
+            (request.session_id, message.role, message.content, request.turn_id),
         )
 
 
@@ -126,7 +162,15 @@ def stored_turn(db: apsw.Connection, where: str, *values: str) -> chatd.TurnReco
 def _begun(
     db: apsw.Connection, request: chatd.BeginTurn, turn_id: str, user_id: str | None, run: int
 ) -> chatd.BegunTurn:
-    """The history before `turn_id`: the newest whole turns that fit, oldest first."""
+    """A turn that was stored before, with the history before it."""
+    wholes, truncated = _history(db, request, turn_id)
+    return chatd.BegunTurn(turn_id, messages_of(reversed(wholes)), truncated, user_id, run)
+
+
+def _history(
+    db: apsw.Connection, request: chatd.BeginTurn, turn_id: str
+) -> tuple[list[Whole], bool]:
+    """The newest whole turns before `turn_id` that fit, newest first, and whether others do not."""
     failed = db.execute(
         "SELECT turn_id FROM turns WHERE session_id = ? AND status = 'failed'",
         (request.session_id,),
@@ -137,27 +181,35 @@ def _begun(
         "SELECT role, content, turn_id FROM conversations WHERE session_id = ? ORDER BY id DESC",
         (request.session_id,),
     )
-    history: list[chatd.Message] = []
-    left, whole, current = request.history_chars, 0, None
-    truncated = False
+    wholes: list[Whole] = []
+    said: list[Said] = []
+    left, current = request.history_chars, None
     for role, content, owner in rows:
         if owner in left_out:
             continue
-        if owner is None or owner != current:
-            whole, current = len(history), owner
-        message = chatd.Message(role, content)
-        left -= message.cost_chars
+        if said and (owner is None or owner != current):
+            wholes.append(Whole(said[::-1]))
+            said = []
+        current = owner
+        left -= len(content) + chatd.MESSAGE_OVERHEAD_CHARS
         if left < 0:
-            truncated = True
-            del history[whole:]
-            break
-        history.append(message)
-    history.reverse()
-    return chatd.BegunTurn(turn_id, history, truncated, user_id, run)
+            return wholes, True
+        said.append((role, content))
+    if said:
+        wholes.append(Whole(said[::-1]))
+    return wholes, False
 
 
-def finish_turn(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
+def finish_turn(db: apsw.Connection, recent: Recent, result: chatd.FinishTurn) -> bool:
     """As `chatd.Storage.finish_turn`."""
+    session = recent.running(result.turn_id)
+    if session is not None and result.run == 1:
+        _end(db, session.id, result)
+        if result.status == chatd.TurnStatus.FAILED:
+            recent.forget(session.id)
+        else:
+            recent.ended(session, result.reply)
+        return True
     row = db.execute(
         "SELECT session_id, status, seq, error_code, run FROM turns WHERE turn_id = ?",
         (result.turn_id,),
@@ -172,6 +224,13 @@ def finish_turn(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
             return bool(status == result.status)
         if db.execute(_NEWEST, (session_id,)).get != seq:
             return False
+    recent.forget(session_id)
+    _end(db, session_id, result)
+    return True
+
+
+def _end(db: apsw.Connection, session_id: str, result: chatd.FinishTurn) -> None:
+    """Stores how a turn ended, and its reply."""
     reply_id, usage = None, result.usage
     if result.reply:
         db.execute(
@@ -204,4 +263,3 @@ def finish_turn(db: apsw.Connection, result: chatd.FinishTurn) -> bool:
             result.turn_id,
         ),
     )
-    return True
