@@ -18,6 +18,7 @@ import apsw
 import pytest
 from chatd_plugins.sqlite import SQLiteStorage, open_sqlite
 from chatd_plugins.sqlite.schema import MIGRATIONS
+from chatd_plugins.sqlite.turns import INTERRUPT
 from chatd_plugins.sqlite.usage import usage_query
 from tornado.ioloop import IOLoop
 
@@ -422,7 +423,7 @@ async def test_a_turn_that_is_beginning_when_the_server_stops_is_finished(
 
 async def test_every_older_database_is_brought_to_the_newest_version(tmp_path: Path) -> None:
     newest = len(MIGRATIONS)
-    assert newest == 4
+    assert newest == 5
     for version in range(newest + 1):
         path = tmp_path / f"{version}.db"
         connection = apsw.Connection(str(path))
@@ -483,6 +484,31 @@ async def test_usage_of_a_day_or_a_chatbot_does_not_read_all_turns(
     connection.close()
     assert any(index in step for step in plan), plan
     assert not any(step.startswith(("SCAN t", "SCAN s")) for step in plan), plan
+
+
+@pytest.mark.parametrize("where", ["", " AND lease_until <= unixepoch('subsec')"])
+async def test_a_sweep_reads_only_turns_that_run(
+    storage: SQLiteStorage, path: Path, where: str
+) -> None:
+    connection = apsw.Connection(str(path))
+    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {INTERRUPT}{where}")]
+    connection.close()
+    assert plan == ["SCAN turns USING INDEX one_running_turn"]
+
+
+async def test_attempts_that_are_no_strict_json_are_stored_all_the_same(
+    storage: SQLiteStorage,
+) -> None:
+    session = await _session(storage)
+    request = a_turn(session)
+    await storage.begin_turn(request)
+    attempts = ({"error": "half of a pair: \ud800", "ms": 2**70},)
+    await storage.finish_turn(
+        FinishTurn(request.turn_id, TurnStatus.COMPLETED, "Hi", attempts=attempts)
+    )
+    record = await storage.get_turn(request.turn_id, session.chatbot_id)
+    assert record is not None
+    assert record.attempts == list(attempts)
 
 
 # What is erased

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import apsw
+import orjson
 
 import chatd
 
@@ -257,9 +258,17 @@ def _end(db: apsw.Connection, session_id: str, result: chatd.FinishTurn) -> None
             usage.cached_tokens,
             usage.reasoning_tokens,
             usage.cost_usd,
-            json.dumps(list(result.attempts)),
+            _attempts_json(result),
             result.history_truncated,
             result.side,
             result.turn_id,
         ),
     )
+
+
+def _attempts_json(result: chatd.FinishTurn) -> str:
+    try:
+        return orjson.dumps(result.attempts).decode()
+    except orjson.JSONEncodeError:
+        # Numbers beyond 64 bits and half a surrogate pair, which a provider may have said.
+        return json.dumps(list(result.attempts))
