@@ -9,6 +9,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import apsw
 import pytest
 from chatd_plugins.sqlite import SQLiteStorage, open_sqlite
 from chatd_plugins.sqlite.schema import MIGRATIONS
+from chatd_plugins.sqlite.turns import INTERRUPT
 from chatd_plugins.sqlite.usage import usage_query
 from tornado.ioloop import IOLoop
 
-from chatd.domain import Session, TurnStatus, new_id
-from chatd.errors import PluginError, StorageUnavailable
-from chatd.storage import FinishTurn, Storage
+from chatd.domain import Message, Session, TurnStatus, new_id
+from chatd.errors import NotFound, PluginError, StorageUnavailable
+from chatd.storage import BegunTurn, FinishTurn, Storage
 from chatd.testing.storage import StorageConformance, a_chatbot, a_turn
 from tests.conftest import Serve
 from tests.support import ECHO_CONFIG
@@ -58,6 +60,13 @@ async def _session(storage: Storage, **more: Any) -> Session:
     return session
 
 
+async def _say(storage: Storage, session: Session, text: str) -> None:
+    request = a_turn(session, text)
+    await storage.begin_turn(request)
+    reply = f"You said: {text}"
+    assert await storage.finish_turn(FinishTurn(request.turn_id, TurnStatus.COMPLETED, reply))
+
+
 def _commits(wal: Path) -> int:
     """How many transactions a write-ahead log holds (https://sqlite.org/fileformat2.html#walformat)."""
     data = wal.read_bytes()
@@ -86,6 +95,88 @@ async def test_turns_that_wait_at_the_same_moment_share_a_commit(
     before = _commits(wal)
     await asyncio.gather(*(storage.begin_turn(a_turn(session)) for session in sessions))
     assert 1 <= _commits(wal) - before <= 5
+
+
+async def test_what_fails_half_way_undoes_nothing_of_what_shares_its_commit(
+    storage: SQLiteStorage,
+) -> None:
+    before, failing, after = [await _session(storage) for _ in range(3)]
+    for session in (before, failing, after):
+        await _say(storage, session, "first")
+    nothing = Message("user", None)  # type: ignore[arg-type]
+    outcomes = await asyncio.gather(
+        storage.begin_turn(a_turn(before, "second")),
+        storage.begin_turn(a_turn(failing, messages=[Message("user", "half"), nothing])),
+        storage.begin_turn(a_turn(after, "second")),
+        return_exceptions=True,
+    )
+    assert [type(outcome) for outcome in outcomes] == [BegunTurn, StorageUnavailable, BegunTurn]
+    for session, texts in ((before, 3), (failing, 2), (after, 3)):
+        page = await storage.list_messages(session.id, session.chatbot_id, limit=10)
+        assert len(page.data) == texts
+    begun = await storage.begin_turn(a_turn(failing, "second"))
+    assert [message.content for message in begun.history] == ["first", "You said: first"]  # type: ignore[union-attr]
+
+
+async def test_what_is_submitted_at_once_is_done_in_its_order(storage: SQLiteStorage) -> None:
+    session = await _session(storage)
+    await _say(storage, session, "first")
+    outcomes = await asyncio.gather(
+        storage.begin_turn(a_turn(session, "second")),
+        storage.delete_session(session.id, session.chatbot_id),
+        storage.begin_turn(a_turn(session, "third")),
+        storage.create_session(session),
+        storage.begin_turn(a_turn(session, "fourth")),
+        return_exceptions=True,
+    )
+    kinds = [type(outcome) for outcome in outcomes]
+    assert kinds == [BegunTurn, bool, NotFound, type(None), BegunTurn]
+    page = await storage.list_messages(session.id, session.chatbot_id, limit=10)
+    assert [message.content for message in page.data] == ["fourth"]
+
+
+async def test_closing_lets_what_was_submitted_finish(path: Path) -> None:
+    storage = await open_sqlite({"path": str(path)})
+    sessions = [await _session(storage) for _ in range(20)]
+    waiting = [
+        asyncio.create_task(storage.begin_turn(a_turn(sessions[0]))),
+        *(asyncio.create_task(storage.get_session(session.id)) for session in sessions),
+    ]
+    await asyncio.sleep(0)  # they are submitted now
+    more = [asyncio.create_task(storage.begin_turn(a_turn(each))) for each in sessions[1:]]
+    await asyncio.sleep(0)
+    await storage.close()
+    begun, *found = await asyncio.gather(*waiting)
+    assert isinstance(begun, BegunTurn)
+    assert found == [
+        replace(session, created_at=each.created_at)
+        for session, each in zip(sessions, found, strict=True)
+    ]
+    assert all(isinstance(each, BegunTurn) for each in await asyncio.gather(*more))
+    connection = apsw.Connection(str(path))
+    assert connection.execute("SELECT count(*) FROM turns").get == 20
+    connection.close()
+
+
+async def test_history_of_a_session_that_is_talked_to_is_not_read_again(
+    storage: SQLiteStorage,
+) -> None:
+    session = await _session(storage)
+    await _say(storage, session, "first")
+    connection = storage._writer._connection
+    assert connection is not None
+    statements: list[str] = []
+
+    def note(cursor: apsw.Cursor, statement: str, values: Any) -> bool:
+        statements.append(statement)
+        return True
+
+    connection.exec_trace = note
+    begun = await storage.begin_turn(a_turn(session, "second"))
+    connection.exec_trace = None
+    assert [message.content for message in begun.history] == ["first", "You said: first"]  # type: ignore[union-attr]
+    assert any("INSERT INTO conversations" in statement for statement in statements)
+    assert not any("SELECT" in statement for statement in statements)
 
 
 @pytest.mark.parametrize(("setting", "level"), [(None, 2), ("full", 2), ("normal", 1), ("off", 0)])
@@ -332,7 +423,7 @@ async def test_a_turn_that_is_beginning_when_the_server_stops_is_finished(
 
 async def test_every_older_database_is_brought_to_the_newest_version(tmp_path: Path) -> None:
     newest = len(MIGRATIONS)
-    assert newest == 4
+    assert newest == 5
     for version in range(newest + 1):
         path = tmp_path / f"{version}.db"
         connection = apsw.Connection(str(path))
@@ -393,6 +484,31 @@ async def test_usage_of_a_day_or_a_chatbot_does_not_read_all_turns(
     connection.close()
     assert any(index in step for step in plan), plan
     assert not any(step.startswith(("SCAN t", "SCAN s")) for step in plan), plan
+
+
+@pytest.mark.parametrize("where", ["", " AND lease_until <= unixepoch('subsec')"])
+async def test_a_sweep_reads_only_turns_that_run(
+    storage: SQLiteStorage, path: Path, where: str
+) -> None:
+    connection = apsw.Connection(str(path))
+    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {INTERRUPT}{where}")]
+    connection.close()
+    assert plan == ["SCAN turns USING INDEX one_running_turn"]
+
+
+async def test_attempts_that_are_no_strict_json_are_stored_all_the_same(
+    storage: SQLiteStorage,
+) -> None:
+    session = await _session(storage)
+    request = a_turn(session)
+    await storage.begin_turn(request)
+    attempts = ({"error": "half of a pair: \ud800", "ms": 2**70},)
+    await storage.finish_turn(
+        FinishTurn(request.turn_id, TurnStatus.COMPLETED, "Hi", attempts=attempts)
+    )
+    record = await storage.get_turn(request.turn_id, session.chatbot_id)
+    assert record is not None
+    assert record.attempts == list(attempts)
 
 
 # What is erased

@@ -52,7 +52,6 @@ def unavailable(error: apsw.Error, path: Path) -> chatd.StorageUnavailable:
 class _Piece(NamedTuple):
     future: asyncio.Future[Any]
     work: Work
-    quick: bool
 
 
 class _Thread(threading.Thread):
@@ -74,9 +73,11 @@ class _Thread(threading.Thread):
 
 
 class Connection:
-    """A connection with a thread of its own, where what waits is run as a group, in order.
+    """A connection on a thread of its own, where what waits is run as a group, in order.
 
-    It belongs to the thread while a group is on its way, and to the loop else.
+    The loop makes the groups, one at a time: what is submitted in one turn of the loop, and while
+    the group before was on its way. Thread and loop would else take the interpreter's lock from
+    each other for every piece.
     """
 
     def __init__(self, name: str, path: Path, open: Callable[[], apsw.Connection]) -> None:
@@ -85,8 +86,8 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._thread = _Thread(name)
         self._thread.start()
-        self._waiting: deque[_Piece] = deque()
         self._connection: apsw.Connection | None = None
+        self._waiting: deque[_Piece] = deque()
         self._busy = False
         self._idle: asyncio.Future[None] | None = None
         self._closed = False
@@ -99,10 +100,9 @@ class Connection:
         if self._closed:
             raise chatd.StorageUnavailable("sqlite: the storage is closed")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._waiting.append(_Piece(future, work, quick))
+        self._waiting.append(_Piece(future, work))
         if not self._busy:
             self._busy = True
-            # What else is submitted in this turn of the loop comes along.
             self._loop.call_soon(self._next)
         return await future
 
@@ -122,18 +122,15 @@ class Connection:
             self._connection.close()
 
     def _next(self) -> None:
-        """Begins the next group, if anything waits."""
-        if self._waiting:
-            self._begin(self._waiting)
-        else:
-            self._busy = False
-            if self._idle is not None:
-                self._idle.set_result(None)
-
-    def _begin(self, waiting: deque[_Piece]) -> None:
-        """Takes the next group off what waits, and begins it."""
-        group = [waiting.popleft() for _ in range(min(len(waiting), MAX_GROUP))]
-        self._thread.do(partial(self._run, group))
+        """Hands the next group to the thread, if anything waits."""
+        waiting = self._waiting
+        if waiting:
+            group = [waiting.popleft() for _ in range(min(len(waiting), MAX_GROUP))]
+            self._thread.do(partial(self._run, group))
+            return
+        self._busy = False
+        if self._idle is not None:
+            self._idle.set_result(None)
 
     def _run(self, group: Sequence[_Piece]) -> None:
         """Runs a group on the thread."""
@@ -164,7 +161,6 @@ class Connection:
         return unavailable(error, self._path) if isinstance(error, apsw.Error) else error
 
     def _deliver(self, outcomes: Outcomes) -> None:
-        """Gives the connection back to the loop, with what came of a group."""
         # The loop may be gone when a process ends in mid-operation; nobody waits then.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._ended, outcomes)
@@ -183,16 +179,11 @@ class Connection:
 class Writer(Connection):
     """The connection that writes: a group is one transaction.
 
-    What is quick runs in the loop, and only its commit, which waits for the disk, on the thread:
-    to hand each statement's lock on the interpreter to and fro costs more than the statements. The
-    loop never waits for another process: when one writes, the thread runs the group.
-
     One piece's failure never undoes another's work: when a piece fails that has changed something,
     all are run once more, each in a savepoint of its own.
 
-    :param busy_timeout: milliseconds to wait on the thread while another process writes.
-    :param forget: is called when the file is not what it was: within a transaction before which
-        another connection wrote, and after one was undone.
+    :param forget: is called on the thread when the file is not what it was: in a transaction before
+        which another connection wrote, and after one was undone.
     """
 
     def __init__(
@@ -201,45 +192,13 @@ class Writer(Connection):
         path: Path,
         open: Callable[[], apsw.Connection],
         *,
-        busy_timeout: int,
         forget: Callable[[], None],
     ) -> None:
         super().__init__(name, path, open)
-        self._busy_timeout = busy_timeout
         self._forget = forget
         self._version: int | None = None
 
-    def _begin(self, waiting: deque[_Piece]) -> None:
-        if self._connection is None or not waiting[0].quick:
-            super()._begin(waiting)
-            return
-        group = [waiting.popleft()]
-        while waiting and waiting[0].quick and len(group) < MAX_QUICK:
-            group.append(waiting.popleft())
-        self._connection.set_busy_timeout(0)
-        try:
-            self._begin_transaction(self._connection)
-        except apsw.Error:
-            self._thread.do(partial(self._run, group))
-            return
-        try:
-            outcomes = self._run_pieces(self._connection, group)
-        except Exception as error:
-            self._ended(self._undone(self._connection, group, error))
-            return
-        self._thread.do(partial(self._commit, self._connection, group, outcomes))
-
-    def _commit(
-        self, connection: apsw.Connection, group: Sequence[_Piece], outcomes: Outcomes
-    ) -> None:
-        try:
-            connection.execute("COMMIT")
-        except Exception as error:
-            outcomes = self._undone(connection, group, error)
-        self._deliver(outcomes)
-
     def _run_group(self, connection: apsw.Connection, group: Sequence[_Piece]) -> Outcomes:
-        connection.set_busy_timeout(self._busy_timeout)
         try:
             self._begin_transaction(connection)
             outcomes = self._run_pieces(connection, group)
@@ -252,8 +211,9 @@ class Writer(Connection):
         self, connection: apsw.Connection, group: Sequence[_Piece], error: Exception
     ) -> Outcomes:
         """What comes of a group whose transaction failed."""
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+        with contextlib.suppress(apsw.Error):  # the next group tries it again
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
         self._forget()
         failed = self._translated(error)
         return [(piece.future, None, failed) for piece in group]

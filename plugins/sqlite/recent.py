@@ -10,7 +10,7 @@ from typing import Any
 
 import chatd
 
-MAX_WEIGHT = 16 * 2**20
+MAX_WEIGHT = 8 * 2**20
 """The most that is kept of all sessions, in characters: of text, and for what holds it."""
 
 SESSION_WEIGHT = 1024
@@ -55,7 +55,7 @@ class RecentSession:
     id: str
     chatbot_id: str
     user_id: str | None
-    seq: int
+    seq: int = 0
     running: str | None = None
     asked: Sequence[Said] = ()
     budget: int = 0
@@ -90,8 +90,8 @@ class Recent:
     changes messages or turns that is not told here.
     """
 
-    def __init__(self, max_weight: int = MAX_WEIGHT) -> None:
-        self._max_weight = max_weight
+    def __init__(self) -> None:
+        self.max_weight = MAX_WEIGHT
         self._sessions: OrderedDict[str, RecentSession] = OrderedDict()
         self._running: dict[str, RecentSession] = {}
         self.weight = 0
@@ -131,7 +131,7 @@ class Recent:
         is_all: bool,
     ) -> None:
         """The turn `seq` began, and the history before it was read from the file, newest first."""
-        session = RecentSession(request.session_id, request.chatbot_id, user_id, seq)
+        session = RecentSession(request.session_id, request.chatbot_id, user_id)
         session.wholes.extendleft(wholes)
         session.is_all = is_all
         session.cost = sum(whole.cost for whole in wholes)
@@ -140,6 +140,7 @@ class Recent:
         self._sessions[session.id] = session
         self.weight += session.weight
         self.begun(request, seq, session)
+        self._evict()
 
     def begun(self, request: chatd.BeginTurn, seq: int, session: RecentSession) -> None:
         """The turn `seq` of a session that is known began."""
@@ -155,7 +156,10 @@ class Recent:
         assert session.running is not None
         del self._running[session.running]
         session.running = None
-        whole = Whole([*session.asked, ("assistant", reply)] if reply else session.asked)
+        said = [*session.asked, ("assistant", reply)] if reply else session.asked
+        if not said:
+            return
+        whole = Whole(said)
         session.wholes.append(whole)
         session.cost += whole.cost
         weight = whole.weight
@@ -167,5 +171,8 @@ class Recent:
             session.is_all = False
         session.weight += weight
         self.weight += weight
-        while self.weight > self._max_weight:
+        self._evict()
+
+    def _evict(self) -> None:
+        while self.weight > self.max_weight:
             self.forget(next(iter(self._sessions)))

@@ -100,5 +100,8 @@ MIGRATIONS = (
     CREATE INDEX sessions_by_age ON sessions (chatbot_id, created_at, session_id);
     CREATE INDEX sessions_of_user ON sessions (user_id, session_id) WHERE user_id IS NOT NULL;
     """,
+    """
+    DROP INDEX running_leases;
+    """,
 )
 """Forward migrations: the n-th brings a database of version n to n + 1. Never edit, only add."""

@@ -42,8 +42,12 @@ from .schema import MIGRATIONS
 from .turns import INTERRUPT, begin_turn, finish_turn, require_session, stored_turn
 from .usage import usage_query
 
-QUICK_CHARS = 64_000
-"""The most history that is read in the loop, in characters."""
+LOG_PAGES = 4000
+"""Pages of 4 KiB after which the write-ahead log is moved into the file: pages that many turns write
+are moved once."""
+
+CACHE_KIB = 8 * 1024
+"""The most of the file that a connection keeps in memory."""
 
 
 class SQLiteStorage:
@@ -54,13 +58,7 @@ class SQLiteStorage:
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._recent = Recent()
-        self._writer = Writer(
-            "sqlite-write",
-            path,
-            self._connect,
-            busy_timeout=round(busy_timeout * 1000),
-            forget=self._recent.clear,
-        )
+        self._writer = Writer("sqlite-write", path, self._connect, forget=self._recent.clear)
         self._reader = Connection("sqlite-read", path, self._connect)
         self._lock: IO[bytes] | None = None
         self._file: tuple[int, int] | None = None
@@ -90,6 +88,8 @@ class SQLiteStorage:
         connection.pragma("secure_delete", True)
         connection.pragma("synchronous", self._synchronous)
         connection.pragma("foreign_keys", True)
+        connection.pragma("wal_autocheckpoint", LOG_PAGES)
+        connection.pragma("cache_size", -CACHE_KIB)
         return connection
 
     def _migrate(self, db: apsw.Connection) -> None:
@@ -309,15 +309,10 @@ class SQLiteStorage:
 
     async def begin_turn(self, request: chatd.BeginTurn) -> chatd.BegunTurn | chatd.ExistingTurn:
         self._began = True
-        quick = request.history_chars <= QUICK_CHARS
-        return await self._writer.submit(
-            lambda db: begin_turn(db, self._recent, request), quick=quick
-        )
+        return await self._writer.submit(lambda db: begin_turn(db, self._recent, request))
 
     async def finish_turn(self, result: chatd.FinishTurn) -> bool:
-        return await self._writer.submit(
-            lambda db: finish_turn(db, self._recent, result), quick=True
-        )
+        return await self._writer.submit(lambda db: finish_turn(db, self._recent, result))
 
     async def settle_turn(self, turn_id: str, run: int, usage: chatd.Usage) -> bool:
         return await self._change(
@@ -406,7 +401,9 @@ class SQLiteStorage:
         def work(db: apsw.Connection) -> int:
             self._recent.clear()
             db.execute(INTERRUPT + where)
-            return db.changes()
+            if ended := db.changes():
+                self._recent.clear()
+            return ended
 
         return await self._writer.submit(work)
 

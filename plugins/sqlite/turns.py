@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import apsw
+import orjson
 
 import chatd
 
@@ -40,8 +41,13 @@ def begin_turn(
     """
     session, turn_id = request.session_id, request.turn_id
     known = recent.resting(session, request.chatbot_id)
-    if known is not None and _inserted(db, request, known.seq + 1):
-        return _begun_next(db, recent, request, known)
+    if known is not None:
+        try:
+            _insert_turn(db, request, known.seq + 1)
+        except apsw.ConstraintError:
+            pass  # its id or its idempotency key is known: which, is found below
+        else:
+            return _begun_next(db, recent, request, known)
     recent.forget(session)
     user_id = require_session(db, session, request.chatbot_id)
     running, has_lapsed, run = db.execute(
@@ -64,7 +70,7 @@ def begin_turn(
         raise chatd.TurnInProgress(turn_id=running)
     newest = db.execute(_NEWEST, (session,)).fetchone()
     seq = newest[0] + 1 if newest else 1
-    _insert(db, request, seq)
+    _insert_turn(db, request, seq)
     return _begun_first(db, recent, request, seq, user_id)
 
 
@@ -75,6 +81,7 @@ def _begun_next(
     seq, kept = session.seq + 1, session.history(request.history_chars)
     if kept is None:
         return _begun_first(db, recent, request, seq, session.user_id)
+    _insert_messages(db, request)
     recent.begun(request, seq, session)
     return chatd.BegunTurn(request.turn_id, *kept, session.user_id)
 
@@ -83,41 +90,36 @@ def _begun_first(
     db: apsw.Connection, recent: Recent, request: chatd.BeginTurn, seq: int, user_id: str | None
 ) -> chatd.BegunTurn:
     """A turn that was stored as the next one of a session that has to be read."""
+    _insert_messages(db, request)
     wholes, truncated = _history(db, request, request.turn_id)
     recent.read(request, seq, user_id, wholes, is_all=not truncated)
     return chatd.BegunTurn(request.turn_id, messages_of(reversed(wholes)), truncated, user_id)
 
 
-def _inserted(db: apsw.Connection, request: chatd.BeginTurn, seq: int) -> bool:
-    """Stores a new turn; False when its id or its idempotency key is known."""
-    try:
-        _insert(db, request, seq)
-    except apsw.ConstraintError:
-        return False
-    return True
-
-
-def _insert(db: apsw.Connection, request: chatd.BeginTurn, seq: int) -> None:
-    """Stores a new turn and what the user says in it."""
-    session, turn_id = request.session_id, request.turn_id
+def _insert_turn(db: apsw.Connection, request: chatd.BeginTurn, seq: int) -> None:
+    """Stores a new turn. Raises `apsw.ConstraintError` when it cannot be the session's next one."""
     db.execute(
         "INSERT INTO turns (turn_id, seq, session_id, status, label, idempotency_key,"
         " request_hash, lease_until)"
         " VALUES (?, ?, ?, 'running', ?, ?, ?, unixepoch('subsec') + ?)",
         (
-            turn_id,
+            request.turn_id,
             seq,
-            session,
+            request.session_id,
             request.label,
             request.idempotency_key,
             request.request_hash,
             request.lease_seconds,
         ),
     )
+
+
+def _insert_messages(db: apsw.Connection, request: chatd.BeginTurn) -> None:
+    """Stores what the user says in a new turn."""
     for message in request.messages:
         db.execute(
             "INSERT INTO conversations (session_id, role, content, turn_id) VALUES (?, ?, ?, ?)",
-            (session, message.role, message.content, turn_id),
+            (request.session_id, message.role, message.content, request.turn_id),
         )
 
 
@@ -256,9 +258,17 @@ def _end(db: apsw.Connection, session_id: str, result: chatd.FinishTurn) -> None
             usage.cached_tokens,
             usage.reasoning_tokens,
             usage.cost_usd,
-            json.dumps(list(result.attempts)),
+            _attempts_json(result),
             result.history_truncated,
             result.side,
             result.turn_id,
         ),
     )
+
+
+def _attempts_json(result: chatd.FinishTurn) -> str:
+    try:
+        return orjson.dumps(result.attempts).decode()
+    except orjson.JSONEncodeError:
+        # Numbers beyond 64 bits and half a surrogate pair, which a provider may have said.
+        return json.dumps(list(result.attempts))
