@@ -25,9 +25,6 @@ Outcomes = Sequence[Outcome]
 MAX_GROUP = 256
 """The most operations that share a commit, so that the first of them does not wait too long."""
 
-MAX_QUICK = 32
-"""The most operations that the loop runs at once, so that it is held for some 3 ms at most."""
-
 
 def unavailable(error: apsw.Error, path: Path) -> chatd.StorageUnavailable:
     """SQLite's errors in the operator's words."""
@@ -92,11 +89,8 @@ class Connection:
         self._idle: asyncio.Future[None] | None = None
         self._closed = False
 
-    async def submit(self, work: Callable[[apsw.Connection], T], *, quick: bool = False) -> T:
-        """The result of `work`, once it is committed. Raises what it raises.
-
-        :param quick: whether it is short whatever the file holds, and may hold the loop.
-        """
+    async def submit(self, work: Callable[[apsw.Connection], T]) -> T:
+        """The result of `work`, once it is committed. Raises what it raises."""
         if self._closed:
             raise chatd.StorageUnavailable("sqlite: the storage is closed")
         future: asyncio.Future[T] = self._loop.create_future()

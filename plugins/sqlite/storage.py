@@ -399,7 +399,6 @@ class SQLiteStorage:
         where = "" if everything else " AND lease_until <= unixepoch('subsec')"
 
         def work(db: apsw.Connection) -> int:
-            self._recent.clear()
             db.execute(INTERRUPT + where)
             if ended := db.changes():
                 self._recent.clear()
