@@ -283,13 +283,12 @@ class _Writer:
             return None
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        sent = 0
-        if not connection.writing():
-            try:
-                sent = connection.socket.send(data)
-            except OSError:
-                # Unless it is only full it fails again below, where that is dealt with.
-                sent = 0
+        try:
+            # Nothing is left of the writes before: one is under way at a time.
+            sent = connection.socket.send(data)
+        except OSError:
+            # Unless it is only full it fails again below, where that is dealt with.
+            sent = 0
         return connection.write(memoryview(data)[sent:]) if sent < len(data) else None
 
     def _flushed(self, flushed: asyncio.Future[None]) -> None:
