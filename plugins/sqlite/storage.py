@@ -42,13 +42,6 @@ from .schema import MIGRATIONS
 from .turns import INTERRUPT, begin_turn, finish_turn, require_session, stored_turn
 from .usage import usage_query
 
-LOG_PAGES = 4000
-"""Pages of 4 KiB after which the write-ahead log is moved into the file: pages that many turns write
-are moved once."""
-
-CACHE_KIB = 8 * 1024
-"""The most of the file that a connection keeps in memory."""
-
 
 class SQLiteStorage:
     """`chatd.Storage` in a file."""
@@ -88,8 +81,6 @@ class SQLiteStorage:
         connection.pragma("secure_delete", True)
         connection.pragma("synchronous", self._synchronous)
         connection.pragma("foreign_keys", True)
-        connection.pragma("wal_autocheckpoint", LOG_PAGES)
-        connection.pragma("cache_size", -CACHE_KIB)
         return connection
 
     def _migrate(self, db: apsw.Connection) -> None:
