@@ -22,7 +22,7 @@ from bench.wording import FIRST_TOKEN, MODEL, NEXT_TOKEN, PROMPT_TOKENS, REPLY
 LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
 STREAM = re.compile(rb'"stream": ?true')
 MESSAGE = b'"role"'
-WRONG = b"HTTP/1.1 400 Not as many messages as were to be sent\r\nContent-Length: 0\r\n\r\n"
+WRONG = b"HTTP/1.1 400 Fewer messages than were to be sent\r\nContent-Length: 0\r\n\r\n"
 BACKLOG = 4096
 
 
@@ -86,8 +86,8 @@ class Mock:
     """Serves on a socket that listens.
 
     :param interval: seconds between the tokens of a stream; 0 sends it in one piece.
-    :param messages: how many messages a request must have, if it has more than one; else it gets no
-        answer but a 400. 0 takes any number.
+    :param messages: how many messages a request must have at least, if it has more than one; else it
+        gets no answer but a 400. After streams there are more, since their replies are shorter.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Mock:
         length = LENGTH.search(data, 0, head + 4) if head >= 0 else None
         if head < 0 or (length and len(data) < head + 4 + int(length[1])):
             self._unread[number] = data
-        elif self._messages and (said := data.count(MESSAGE)) > 1 and said != self._messages:
+        elif self._messages and 1 < data.count(MESSAGE) < self._messages:
             self._send(client, WRONG)
         else:
             self._answer(client, STREAM.search(data, head) is not None)
@@ -201,7 +201,7 @@ def main() -> None:
         "--prompt-tokens", type=int, default=PROMPT_TOKENS, help="0 does not tell them"
     )
     parser.add_argument(
-        "--messages", type=int, default=0, help="how many a request with more than one must have"
+        "--messages", type=int, default=0, help="how many a request with more than one has at least"
     )
     options = parser.parse_args()
     listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
