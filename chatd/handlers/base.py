@@ -11,7 +11,7 @@ import time
 from asyncio import Future
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -58,6 +58,9 @@ MAX_HEADER_BYTES = 16 * 1024
 
 MAX_HEADERS = 100
 """How many headers a request may have."""
+
+SMALL_BODY_BYTES = 100_000
+"""A body that is shorter, and JSON, is waited for before its handler runs."""
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -139,12 +142,8 @@ class Services:
     tracing: Tracing | None = None
 
 
-@stream_request_body
 class ApiHandler(RequestHandler):
-    """The base of all handlers.
-
-    Bodies come in pieces, so that one over the limit is refused before it is in memory.
-    """
+    """The base of all handlers. Small bodies come in one piece, others as in `in_pieces`."""
 
     services: Services
     route: Route | None
@@ -152,6 +151,7 @@ class ApiHandler(RequestHandler):
     error_code: str | None = None
     span: Any = None
     error_type = "application/problem+json"
+    takes_pieces = False
 
     def initialize(self, services: Services, route: Route | None = None, **arguments: Any) -> None:
         self.services = services
@@ -159,7 +159,7 @@ class ApiHandler(RequestHandler):
         self.arguments = arguments
         self._chunks: list[bytes] = []
         self._received = 0
-        self._early = True
+        self._early = self.takes_pieces
         self._cors = False
         self._quota: dict[str, str] = {}
         self.is_gone = False
@@ -294,7 +294,7 @@ class ApiHandler(RequestHandler):
         operation = self.operation
         streams = operation is not None and operation.events
         self.require_acceptable(JSON, *([EVENT_STREAM] if streams else []))
-        return parse_json(b"".join(self._chunks))
+        return parse_json(b"".join(self._chunks) if self.takes_pieces else self.request.body)
 
     def require_acceptable(self, *media_types: str) -> None:
         """Raises `NotAcceptable` when the client takes an answer of none of these types."""
@@ -477,6 +477,26 @@ class ApiHandler(RequestHandler):
         else:
             where = self.route.path if self.route else "-"
             log.error("%s %s failed: %s", self.request.method, where, logs.trace(error))
+
+
+@cache
+def in_pieces(handler: type[ApiHandler]) -> type[ApiHandler]:
+    """The same for bodies that come in pieces, so that one over the limit is refused in time.
+
+    Tornado runs a handler then before the body has come, which costs some more.
+    """
+    return stream_request_body(type(handler.__name__, (handler,), {"takes_pieces": True}))
+
+
+def comes_whole(headers: HTTPHeaders, most: int) -> bool:
+    """Whether a request's body is JSON, and of a length that is known and small."""
+    length = headers.get("Content-Length", "")
+    return (
+        len(length) < len(str(SMALL_BODY_BYTES))
+        and length.isdecimal()
+        and int(length) <= most
+        and headers.get("Content-Type") == JSON
+    )
 
 
 def send_now(stream: IOStream, data: bytes) -> int:
