@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tornado.httputil import HTTPServerRequest
 from tornado.web import Application, RequestHandler
 
 import chatd
@@ -23,7 +24,15 @@ from chatd.config import Ask, Config, ConfigFile, Offers, Use
 from chatd.domain import Chatbot, ChatbotSettings, hash_api_key, new_api_key, new_id
 from chatd.errors import PluginError
 from chatd.handlers import bot, chat, docs, health, metrics, openai, sessions, turns, widget
-from chatd.handlers.base import ApiHandler, Operation, Route, Services, UnknownPathHandler
+from chatd.handlers.base import (
+    ApiHandler,
+    Operation,
+    Route,
+    Services,
+    UnknownPathHandler,
+    comes_whole,
+    in_pieces,
+)
 from chatd.interceptor import Interceptor
 from chatd.limits import Limits
 from chatd.memory import MemoryShared
@@ -386,6 +395,27 @@ def routes() -> list[Route]:
     return [*described, *docs.ROUTES, *widget.ROUTES, *metrics.ROUTES]
 
 
+class _Application(Application):
+    """Tornado's, with handlers that suit how a body comes."""
+
+    def __init__(self, max_body_bytes: int, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._max_body_bytes = max_body_bytes
+
+    def get_handler_delegate(
+        self,
+        request: HTTPServerRequest,
+        target_class: type[RequestHandler],
+        *given: Any,
+        **named: Any,
+    ) -> Any:
+        if issubclass(target_class, ApiHandler) and not comes_whole(
+            request.headers, self._max_body_bytes
+        ):
+            target_class = in_pieces(target_class)
+        return super().get_handler_delegate(request, target_class, *given, **named)
+
+
 def build_application(
     services: Services, plugin_routes: Iterable[tuple[str, type[RequestHandler]]] = ()
 ) -> Application:
@@ -399,7 +429,8 @@ def build_application(
         for pattern, handler in plugin_routes
     ]
     rules.append((r"/v1(?:/.*)?", openai.UnknownOpenAIPathHandler, {"services": services}))
-    return Application(
+    return _Application(
+        services.config.max_body_bytes,
         rules,
         default_handler_class=UnknownPathHandler,
         default_handler_args={"services": services},

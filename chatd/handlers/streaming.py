@@ -20,7 +20,7 @@ from chatd.errors import (
     ProviderTimeout,
     SessionRequired,
 )
-from chatd.handlers.base import EVENT_STREAM, ApiHandler, Parameter
+from chatd.handlers.base import EVENT_STREAM, ApiHandler, Parameter, send_now
 from chatd.handlers.problems import problem_body
 from chatd.reply import Reply, TurnResult
 from chatd.turns import Started
@@ -283,12 +283,7 @@ class _Writer:
             return None
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        try:
-            # Nothing is left of the writes before: one is under way at a time.
-            sent = connection.socket.send(data)
-        except OSError:
-            # Unless it is only full it fails again below, where that is dealt with.
-            sent = 0
+        sent = send_now(connection, data)
         return connection.write(memoryview(data)[sent:]) if sent < len(data) else None
 
     def _flushed(self, flushed: asyncio.Future[None]) -> None:
