@@ -103,7 +103,8 @@ class Mock:
         self._messages = messages
         self._interval = interval
         self._plain = plain(prompt_tokens)
-        self._pieces = pieces(tokens, prompt_tokens)
+        # A streamed reply is another than those that the history is made of, so there is more of it.
+        self._pieces = pieces(tokens, 0)
         if not interval:
             self._pieces = [b"".join(self._pieces)]
         self._epoll = select.epoll()

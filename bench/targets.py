@@ -115,10 +115,10 @@ TARGETS = (
 
 
 HELD = (
-    Target("turns/s on sqlite, to the limit: CI holds", "sqlite", "rate", at_least=0.35, over="limit", unit="x", short=True),
-    Target("CPU per turn on sqlite, to the limit: CI holds", "sqlite", "cpu", at_most=2.75, over="limit", unit="x", short=True),
+    Target("turns/s on sqlite, to the limit: CI holds", "sqlite", "rate", at_least=0.52, over="limit", unit="x", short=True),
+    Target("CPU per turn on sqlite, to the limit: CI holds", "sqlite", "cpu", at_most=2.0, over="limit", unit="x", short=True),
 )  # fmt: skip
-"""What is reached, short of the targets: it may not get worse. Raise it with each gain."""
+"""What is reached on a crowded machine too, short of the targets: it may not get worse."""
 
 
 def verdicts(samples: Samples, *, short: bool) -> list[Verdict]:

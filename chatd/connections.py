@@ -66,7 +66,7 @@ class _Listening:
         self._loop = loop
         self._wanted = 0
         self._listens = 0
-        self._handler: Callable[[Any, int], None]
+        self._handler: Callable[[Any, int], None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loop, name)
@@ -84,12 +84,18 @@ class _Listening:
             self._listens = events
             self._loop.update_handler(fd, events)
 
+    def remove_handler(self, fd: Any) -> None:
+        """As the loop's."""
+        self._loop.remove_handler(fd)
+        # It is the stream's, which would stay until cycles are looked for.
+        self._handler = None
+
     def _on_events(self, fd: Any, events: int) -> None:
         if events & self.READ and not self._wanted & self.READ:
             self._listens = self._wanted
             self._loop.update_handler(fd, self._wanted)
             events &= ~self.READ
-        if events:
+        if events and self._handler is not None:
             self._handler(fd, events)
 
 

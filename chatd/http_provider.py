@@ -485,9 +485,16 @@ class _Pieces:
         if not self._answer.is_whole:
             wait = self._paced.wait() if self.is_shown else None
             self.have_waited = wait is not None
-            if wait is not None:
-                await wait
-            return await self._content.readany()
+            if wait is None:
+                return await self._content.readany()
+            await wait
+            try:
+                return await self._content.readany()
+            except aiohttp.ClientError:
+                # What came before it broke is there still, but aiohttp tells of the break first.
+                if left := self._content._read_nowait(-1):
+                    return left
+                raise
         grace = DONE_GRACE_SECONDS if self._answer.is_done else END_GRACE_SECONDS
         until = asyncio.get_running_loop().time() + grace
         self._until = min(until, self._until or until)

@@ -55,7 +55,7 @@ class Retries:
     patience: float = 2
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class ProviderRequest:
     """What a model is asked. `parameters` go into the request as they are, where a provider can.
 
@@ -92,21 +92,21 @@ def needs(messages: Sequence[Message], parameters: Mapping[str, Any]) -> frozens
 _NOTHING: frozenset[str] = frozenset()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class TextDelta:
     """Some more of the answer; never empty."""
 
     text: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class ReasoningDelta:
     """Some more of what the model thinks before it answers; not part of the answer."""
 
     text: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class ToolCallDelta:
     """Some more of a tool that the model calls, in OpenAI's terms.
 
@@ -119,7 +119,7 @@ class ToolCallDelta:
     arguments: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class UsageReport:
     """What the answer took; the last one counts."""
 
@@ -136,7 +136,7 @@ class GenerationId:
     id: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Finish:
     """The end of a whole answer. `model` is the one that answered, by the provider's word."""
 

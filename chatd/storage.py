@@ -18,7 +18,7 @@ Rating = Literal["up", "down"]
 UsageBy = Literal["day", "model", "side"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class BeginTurn:
     """What a turn starts with.
 
@@ -38,7 +38,7 @@ class BeginTurn:
     request_hash: bytes | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class BegunTurn:
     """The turn runs. Its id is the request's, or that of the earlier turn it runs again.
 
@@ -90,7 +90,7 @@ class ExistingTurn:
     turn: TurnRecord
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class FinishTurn:
     """How a turn ended. `status` is any but `running`; an empty `reply` stores no message.
 

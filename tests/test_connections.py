@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from chatd.connections import ClientStream
 from tests.conftest import Serve
 from tests.support import KEY, Served
 
@@ -179,6 +181,27 @@ async def test_what_is_sent_while_a_request_is_answered_waits_outside(serve: Ser
                 assert not flood.done(), "40 MB were taken before the first answer"
         assert found.index(b"You said: one two") < found.index(b'"status"')
         flood.cancel()
+
+
+async def test_nothing_is_left_of_a_connection_that_was_closed(serve: Serve) -> None:
+    served = await serve(config())
+    gc.collect()
+    before = streams_alive()
+    gc.disable()
+    try:
+        for _ in range(20):
+            async with connected(served) as (reader, writer):
+                writer.write(HEALTH + b"Connection: close\r\n\r\n")
+                await ends(reader)
+        await asyncio.sleep(0.1)
+        assert streams_alive() <= before + 1
+    finally:
+        gc.enable()
+
+
+def streams_alive() -> int:
+    """How many connections of clients are in memory, open or not."""
+    return sum(isinstance(each, ClientStream) for each in gc.get_objects())
 
 
 async def test_one_address_has_so_many_connections_and_others_have_theirs(serve: Serve) -> None:

@@ -12,7 +12,7 @@ from tornado.ioloop import IOLoop
 
 from chatd import pacing
 from chatd.domain import Message
-from chatd.errors import ProviderError
+from chatd.errors import ProviderError, ProviderErrorKind
 from chatd.pacing import FEW_STREAMS, MAX_WAIT, MEMORY, SHARE, Pace, PacedStream, Pacer
 from chatd.provider import Event, Finish, Provider, ProviderRequest, TextDelta
 from chatd.testing.fake_provider import SSE_HEAD, sse
@@ -133,6 +133,16 @@ async def test_who_hurries_waits_no_longer_and_not_again() -> None:
         assert stream.wait() is None
 
 
+CHUNKED_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+
+
+def said(text: str) -> bytes:
+    """An event with some of the answer."""
+    return sse({"choices": [{"delta": {"content": text}}]})
+
+
 class Service:
     """Sends the parts of one event stream, each when it is told to, and ends the body then."""
 
@@ -159,7 +169,7 @@ class Service:
     def say(self, *texts: str) -> None:
         """Sends an event for each text."""
         for text in texts:
-            self.parts.put_nowait(sse({"choices": [{"delta": {"content": text}}]}))
+            self.parts.put_nowait(said(text))
 
 
 @pytest.fixture
@@ -218,6 +228,52 @@ async def test_what_was_said_before_a_failure_comes_before_it(
         assert await first_of(events) == TextDelta("lo!")
         with pytest.raises(ProviderError):
             await first_of(events)
+
+
+class Moment(Pace):
+    """Lets everybody wait long enough for all of an answer to come."""
+
+    def wait(self, now: float) -> float:
+        return 0.3
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_what_came_before_the_connection_broke_is_not_lost(is_whole: bool) -> None:
+    """Whether the answer was whole by then or not: it was there to be read before the break."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(CHUNKED_HEAD)
+        parts = [*(said(text) for text in ("Hel", "lo", ",", " you!"))]
+        if is_whole:
+            parts += [
+                sse({"choices": [{"delta": {}, "finish_reason": "stop"}]}),
+                b"data: [DONE]\n\n",
+            ]
+        for part in parts:
+            writer.write(b"%x\r\n%b\r\n" % (len(part), part))
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        # Without the chunk that says so.
+        writer.close()
+
+    pacing.pacer().pace = Moment()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    provider = await open_openai_compatible({"base_url": f"http://127.0.0.1:{port}/v1"})
+    found: list[Event] = []
+    try:
+        async with asyncio.timeout(10):
+            async for event in provider.stream(ASKED):
+                found.append(event)
+    except ProviderError as error:
+        assert not is_whole and error.kind is ProviderErrorKind.INCOMPLETE
+    finally:
+        await provider.close()
+        server.close()
+    texts = [event.text for event in found if isinstance(event, TextDelta)]
+    assert texts == ["Hel", "lo, you!"]
+    assert (found[-1] == Finish("stop")) is is_whole
 
 
 async def test_a_stream_that_is_stopped_while_it_waits_ends_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -156,3 +157,47 @@ def test_a_handler_is_cleared_as_tornado_clears_it() -> None:
     handler.clear()
     date = parsedate_to_datetime(handler._headers["Date"])
     assert abs((date - datetime.now(UTC)).total_seconds()) < 60
+
+
+@pytest.mark.parametrize("type", [b"application/json", b"application/json; charset=utf-8"])
+@pytest.mark.parametrize(("size", "status"), [(0, 422), (50_000, 422), (2_000_000, 413)])
+async def test_a_body_reads_the_same_whole_and_in_pieces(
+    served: Served, type: bytes, size: int, status: int
+) -> None:
+    body = b'{"assistant_id": "' + b"x" * size + b'"}'
+    head = b"POST /api/chat/session HTTP/1.1\r\n" + HOST + b"Content-Type: " + type + b"\r\n"
+    whole = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    answers = [await exchange(served, request) for request in (whole, chunked)]
+    assert {int(answer.split()[1]) for answer in answers} == {status}, answers
+    problems = [json.loads(answer.partition(b"\r\n\r\n")[2]) for answer in answers]
+    for problem in problems:
+        del problem["request_id"]
+    assert problems[0] == problems[1]
+
+
+async def test_an_answer_says_when_its_connection_ends(served: Served) -> None:
+    request = b"GET /health HTTP/1.1\r\n" + HOST
+    kept = await exchange(served, request + b"\r\n")
+    closed = await exchange(served, request + b"Connection: close\r\n\r\n", closes=True)
+    assert kept.startswith(b"HTTP/1.1 200 OK\r\n") and b"\r\nConnection:" not in kept
+    assert b"\r\nConnection: close\r\n" in closed
+    names = [line.split(b":")[0] for line in kept.split(b"\r\n\r\n")[0].split(b"\r\n")[1:]]
+    # The same headers, whoever put them together.
+    assert {*names, b"Connection"} == {
+        line.split(b":")[0] for line in closed.split(b"\r\n\r\n")[0].split(b"\r\n")[1:]
+    }
+
+
+async def test_an_answer_larger_than_the_system_takes_at_once_comes_whole(served: Served) -> None:
+    """And what is asked for after it comes after it."""
+    asset = b"GET /docs/assets/swagger-ui-bundle.js HTTP/1.1\r\n" + HOST + b"\r\n"
+    health = b"GET /health HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
+    found = await exchange(served, asset * 2 + health, closes=True)
+    first = found.partition(b"\r\n\r\n")
+    length = int(first[0].lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    assert length > 1_000_000
+    once, rest = first[2][:length], first[2][length:]
+    second = rest.partition(b"\r\n\r\n")
+    assert second[2][:length] == once
+    assert second[2][length:].startswith(b"HTTP/1.1 200 OK\r\n")

@@ -167,13 +167,13 @@ class ApiHandler(RequestHandler):
         headers = self.request.headers
         # Tornado's own look-ups are ten times as slow, most of all of what is not there.
         lines = [(name.lower(), value) for name, value in headers.get_all()]
-        self.headers: Mapping[str, str] = dict(lines)
+        self.given_headers: Mapping[str, str] = dict(lines)
         """What the request's headers say, by their names in lower case."""
-        if len(self.headers) < len(lines):
-            self.headers = {name.lower(): value for name, value in headers.items()}
+        if len(self.given_headers) < len(lines):
+            self.given_headers = {name.lower(): value for name, value in headers.items()}
         self._header_lines = len(lines)
         self._header_bytes = sum([len(name) + len(value) for name, value in lines])
-        given = self.headers.get("x-request-id", "")
+        given = self.given_headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         logs.request_id.set(self.request_id)
         self._common_headers()
@@ -203,7 +203,7 @@ class ApiHandler(RequestHandler):
 
     def _allow_origin(self) -> None:
         """Says to a page whether it may read the answer."""
-        origin = self.headers.get("origin")
+        origin = self.given_headers.get("origin")
         if origin is not None and self._cors:
             self.set_header("Access-Control-Allow-Origin", origin)
             self.set_header("Access-Control-Expose-Headers", _EXPOSE_HEADERS)
@@ -211,7 +211,7 @@ class ApiHandler(RequestHandler):
     async def prepare(self) -> None:
         if self.services.tracing is not None:
             self._begin_span(self.services.tracing)
-        if (origin := self.headers.get("origin")) is not None:
+        if (origin := self.given_headers.get("origin")) is not None:
             self._cors = await self.services.access.allows_origin_somewhere(origin)
             self._allow_origin()
         if getattr(getattr(self.request.connection, "stream", None), "is_crowding", False):
@@ -224,7 +224,10 @@ class ApiHandler(RequestHandler):
         if self._header_bytes > MAX_HEADER_BYTES:
             raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
         # Who asks first whether to send a body is told before it is sent.
-        if "expect" in self.headers and _length(self.headers) > self.services.config.max_body_bytes:
+        if (
+            "expect" in self.given_headers
+            and _length(self.given_headers) > self.services.config.max_body_bytes
+        ):
             raise self._too_large()
         self._early = False
 
@@ -286,10 +289,10 @@ class ApiHandler(RequestHandler):
         """The body's JSON. Raises the `RequestError` of a body that is none."""
         if self._received > self.services.config.max_body_bytes:
             raise self._too_large()
-        content_type = self.headers.get("content-type", JSON)
+        content_type = self.given_headers.get("content-type", JSON)
         if content_type != JSON and not _CONTENT_TYPE.fullmatch(content_type.strip()):
             raise UnsupportedMediaType
-        if self.headers.get("content-encoding", "identity") not in ("", "identity"):
+        if self.given_headers.get("content-encoding", "identity") not in ("", "identity"):
             raise UnsupportedMediaType
         operation = self.operation
         streams = operation is not None and operation.events
@@ -298,7 +301,7 @@ class ApiHandler(RequestHandler):
 
     def require_acceptable(self, *media_types: str) -> None:
         """Raises `NotAcceptable` when the client takes an answer of none of these types."""
-        accept = self.headers.get("accept", "")
+        accept = self.given_headers.get("accept", "")
         if accept and not any(_accepts(accept, media_type) for media_type in media_types):
             named = " or ".join(media_types)
             raise NotAcceptable(f"This endpoint answers {named}; the Accept header rules that out.")
@@ -310,11 +313,11 @@ class ApiHandler(RequestHandler):
 
     def wants_events(self, body: Mapping[str, Any]) -> bool:
         """Whether the answer is to be a stream of events."""
-        return bool(body.get("stream")) or not _accepts(self.headers.get("accept", ""), JSON)
+        return bool(body.get("stream")) or not _accepts(self.given_headers.get("accept", ""), JSON)
 
     def api_key(self, body: Mapping[str, Any]) -> str | None:
         """The API key, from wherever it came. Raises `InvalidApiKey` when there are two."""
-        given = {body.get("api_key"), self.bearer(), self.headers.get("x-api-key")}
+        given = {body.get("api_key"), self.bearer(), self.given_headers.get("x-api-key")}
         keys = given - {None, ""}
         if len(keys) > 1:
             raise InvalidApiKey("The request holds two different API keys. Send one.")
@@ -322,7 +325,7 @@ class ApiHandler(RequestHandler):
 
     def bearer(self) -> str | None:
         """The token of `Authorization: Bearer …`."""
-        scheme, _, token = self.headers.get("authorization", "").partition(" ")
+        scheme, _, token = self.given_headers.get("authorization", "").partition(" ")
         return token.strip() or None if scheme.lower() == "bearer" else None
 
     def serve_chatbot(self, chatbot: Chatbot, *, check_origin: bool) -> Chatbot:
@@ -333,13 +336,13 @@ class ApiHandler(RequestHandler):
         told that it may read the answer.
         """
         self.chatbot = chatbot
-        if (origin := self.headers.get("origin")) is not None:
+        if (origin := self.given_headers.get("origin")) is not None:
             self._cors = self.services.access.allows_origin(origin, chatbot)
             if not self._cors:
                 self.clear_header("Access-Control-Allow-Origin")
             self._allow_origin()
         # A browser names no origin when it reads from a page of this server.
-        if check_origin and (origin or self.headers.get("sec-fetch-site") != "same-origin"):
+        if check_origin and (origin or self.given_headers.get("sec-fetch-site") != "same-origin"):
             self.services.access.require_origin(origin, chatbot)
         return chatbot
 
@@ -360,7 +363,7 @@ class ApiHandler(RequestHandler):
 
     def client_address(self) -> str:
         """The address, or network, that the client is counted under."""
-        forwarded = self.headers.get("x-forwarded-for", "")
+        forwarded = self.given_headers.get("x-forwarded-for", "")
         return self.services.limits.address(self.request.remote_ip or "", forwarded)
 
     def on_connection_close(self) -> None:
@@ -393,7 +396,7 @@ class ApiHandler(RequestHandler):
             return super().flush(include_footers)
         lines = [f"{name}: {value}\r\n" for name, value in self._headers.get_all()]
         head = f"HTTP/1.1 {self._status_code} {self._reason}\r\n" + "".join(lines)
-        if head.count("\n") != len(lines) + 1:
+        if not head.count("\n") == head.count("\r") == len(lines) + 1:
             # Tornado says which header holds more than a line.
             return super().flush(include_footers)
         data = b"".join((head.encode("latin-1"), b"\r\n", *self._write_buffer))
@@ -412,7 +415,7 @@ class ApiHandler(RequestHandler):
             and not self._early
             and self.request.version == "HTTP/1.1"
             and self.request.method != "HEAD"
-            and "connection" not in self.headers
+            and "connection" not in self.given_headers
             and "Content-Length" in self._headers
             and not self._transforms
             and not hasattr(self, "_new_cookie")
@@ -424,7 +427,7 @@ class ApiHandler(RequestHandler):
         self.set_status(204)
         self.set_header("Allow", self._allow())
         self.clear_header("Content-Type")
-        if self._cors and "access-control-request-method" in self.headers:
+        if self._cors and "access-control-request-method" in self.given_headers:
             self.set_header("Access-Control-Allow-Methods", self._allow())
             self.set_header("Access-Control-Allow-Headers", _ALLOW_HEADERS)
             self.set_header("Access-Control-Max-Age", "600")

@@ -20,7 +20,7 @@ class MetricsHandler(ApiHandler):
         given = self.bearer() or ""
         if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode()):
             raise InvalidApiKey("Send the server's `metrics_token` as `Authorization: Bearer …`.")
-        accept = self.headers.get("accept", "")
+        accept = self.given_headers.get("accept", "")
         snapshots = self.services.metrics.gather()
         # Many models make thousands of lines: milliseconds that turns need not wait for.
         content_type, text = await asyncio.to_thread(render, snapshots, accept)

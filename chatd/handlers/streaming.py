@@ -339,7 +339,9 @@ class TurnHandler(ApiHandler):
         access = self.services.access
         session = await access.widget_session(session_id)
         self.serve_chatbot(session.chatbot, check_origin=True)
-        access.require_visitor(session, user_token or self.headers.get(USER_TOKEN.name.lower()))
+        access.require_visitor(
+            session, user_token or self.given_headers.get(USER_TOKEN.name.lower())
+        )
         return session
 
     async def caller_in(self, session_id: str | None) -> tuple[Chatbot, str]:
@@ -352,7 +354,7 @@ class TurnHandler(ApiHandler):
 
     def idempotency_key(self) -> str | None:
         """The header `Idempotency-Key`. Raises `InvalidRequest`."""
-        key = self.headers.get("idempotency-key")
+        key = self.given_headers.get("idempotency-key")
         if key is not None and not (
             1 <= len(key) <= 255 and all("!" <= char <= "~" for char in key)
         ):
@@ -361,7 +363,7 @@ class TurnHandler(ApiHandler):
 
     def last_event_id(self) -> int:
         """The header `Last-Event-ID`; 0 without one. Raises `MalformedRequest`."""
-        text = self.headers.get("last-event-id", "")
+        text = self.given_headers.get("last-event-id", "")
         if not text:
             return 0
         if not (

@@ -67,7 +67,7 @@ class _StaticHandler(ApiHandler):
         self.set_header("Content-Type", file.kind)
         self.set_header("Cache-Control", cache)
         self.set_header("Vary", "Accept-Encoding, Origin")
-        packed = "gzip" in self.headers.get("accept-encoding", "")
+        packed = "gzip" in self.given_headers.get("accept-encoding", "")
         self.set_header("Etag", f'"{file.digest[:32]}{"-gz" if packed else ""}"')
         if self.check_etag_header():
             self.set_status(304)
