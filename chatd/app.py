@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -396,11 +396,26 @@ def routes() -> list[Route]:
 
 
 class _Application(Application):
-    """Tornado's, with handlers that suit how a body comes."""
+    """Tornado's, with handlers that suit how a body comes.
 
-    def __init__(self, max_body_bytes: int, *given: Any, **named: Any) -> None:
+    :param paths: handlers and their arguments that are looked up before any rule is.
+    """
+
+    def __init__(
+        self,
+        max_body_bytes: int,
+        paths: Mapping[str, tuple[type[RequestHandler], dict[str, Any]]],
+        *given: Any,
+        **named: Any,
+    ) -> None:
         super().__init__(*given, **named)
         self._max_body_bytes = max_body_bytes
+        self._paths = paths
+
+    def find_handler(self, request: HTTPServerRequest, **named: Any) -> Any:
+        if (found := self._paths.get(request.path)) is None:
+            return super().find_handler(request, **named)
+        return self.get_handler_delegate(request, *found)
 
     def get_handler_delegate(
         self,
@@ -421,10 +436,12 @@ def build_application(
     services: Services, plugin_routes: Iterable[tuple[str, type[RequestHandler]]] = ()
 ) -> Application:
     """The Tornado application."""
-    rules: list[Any] = [
-        (route.pattern, route.handler, {"services": services, "route": route, **route.arguments})
+    own = [
+        (route, (route.handler, {"services": services, "route": route, **route.arguments}))
         for route in routes()
     ]
+    paths = {route.path: found for route, found in own if "{" not in route.path}
+    rules: list[Any] = [(route.pattern, *found) for route, found in own]
     rules += [
         (pattern, handler, {"services": services, "route": _plugin_route(pattern, handler)})
         for pattern, handler in plugin_routes
@@ -432,6 +449,7 @@ def build_application(
     rules.append((r"/v1(?:/.*)?", openai.UnknownOpenAIPathHandler, {"services": services}))
     return _Application(
         services.config.max_body_bytes,
+        paths,
         rules,
         default_handler_class=UnknownPathHandler,
         default_handler_args={"services": services},

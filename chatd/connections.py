@@ -14,6 +14,7 @@ from socket import SHUT_WR, socket
 from typing import Any, cast
 
 import orjson
+from tornado.http1connection import HTTP1Connection
 from tornado.httpserver import HTTPServer
 from tornado.httputil import (
     HTTPConnection,
@@ -33,6 +34,7 @@ from tornado.web import Application
 from chatd.config import ServerConfig
 from chatd.errors import RateLimited, RequestError
 from chatd.handlers.problems import TooManyConnections, problem_body, problem_of, retry_after
+from chatd.headers import usual
 from chatd.limits import counted_address
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,13 @@ class _Listening:
             events &= ~self.READ
         if events and self._handler is not None:
             self._handler(fd, events)
+
+
+class _Connection(HTTP1Connection):
+    """Tornado's, with a shorter way to read the head of the usual request."""
+
+    def _parse_headers(self, data: bytes) -> tuple[str, HTTPHeaders]:
+        return usual(data) or super()._parse_headers(data)
 
 
 class ClientStream(IOStream):
@@ -290,6 +299,8 @@ class ClientServer(HTTPServer):
             stream.due = time.monotonic() + self._settings.keep_alive_seconds
             self._release(stream)
         stream.has_served = True
+        # Tornado makes it, and of no other class.
+        request_conn.__class__ = _Connection
         return _Heard(super().start_request(server_conn, request_conn), stream, self)
 
     def _release(self, stream: ClientStream) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import re
 import time
 from asyncio import Future
@@ -23,7 +22,7 @@ from tornado.web import HTTPError, RequestHandler, stream_request_body
 from chatd import logs
 from chatd.access import Access
 from chatd.config import ServerConfig
-from chatd.domain import Chatbot
+from chatd.domain import Chatbot, random_bytes
 from chatd.errors import (
     BudgetExhausted,
     InvalidApiKey,
@@ -43,6 +42,7 @@ from chatd.handlers.problems import (
     problem_of,
     retry_after,
 )
+from chatd.headers import QuickHeaders, UsualHeaders
 from chatd.limits import Admission, Kind, Limits
 from chatd.metrics import Metrics
 from chatd.sharing import Sharing
@@ -165,16 +165,14 @@ class ApiHandler(RequestHandler):
         self.is_gone = False
         self.on_gone: Callable[[], None] | None = None
         headers = self.request.headers
-        # Tornado's own look-ups are ten times as slow, most of all of what is not there.
-        lines = [(name.lower(), value) for name, value in headers.get_all()]
-        self.given_headers: Mapping[str, str] = dict(lines)
+        self.given_headers: Mapping[str, str] = (
+            headers.given
+            if isinstance(headers, UsualHeaders)
+            else {name.lower(): value for name, value in headers.items()}
+        )
         """What the request's headers say, by their names in lower case."""
-        if len(self.given_headers) < len(lines):
-            self.given_headers = {name.lower(): value for name, value in headers.items()}
-        self._header_lines = len(lines)
-        self._header_bytes = sum([len(name) + len(value) for name, value in lines])
         given = self.given_headers.get("x-request-id", "")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else random_bytes().hex()
         logs.request_id.set(self.request_id)
         self._common_headers()
 
@@ -183,12 +181,15 @@ class ApiHandler(RequestHandler):
 
         Tornado checks each value as if a client might have given it, and makes the date anew.
         """
-        self._headers = headers = HTTPHeaders()
-        headers["Content-Type"] = "text/html; charset=UTF-8"
-        headers["Date"] = _date(int(time.time()))
-        headers["X-Content-Type-Options"] = "nosniff"
-        headers["Cache-Control"] = "no-store"
-        headers["Vary"] = "Origin"
+        self._headers = QuickHeaders(
+            {
+                "Content-Type": "text/html; charset=UTF-8",
+                "Date": _date(int(time.time())),
+                "X-Content-Type-Options": "nosniff",
+                "Cache-Control": "no-store",
+                "Vary": "Origin",
+            }
+        )
         self.set_default_headers()
         self._write_buffer = []
         self._status_code = HTTPStatus.OK.value
@@ -196,7 +197,7 @@ class ApiHandler(RequestHandler):
 
     def _common_headers(self) -> None:
         """The headers that answers and errors both have."""
-        self.set_header("X-Request-Id", self.request_id)
+        self._headers["X-Request-Id"] = self.request_id
         self._allow_origin()
         for name, value in self._quota.items():
             self.set_header(name, value)
@@ -219,10 +220,8 @@ class ApiHandler(RequestHandler):
             raise RateLimited(
                 f"At most {most} requests at once are taken from one address.", retry_after=1
             )
-        if self._header_lines > MAX_HEADERS:
-            raise HeadersTooLarge(f"At most {MAX_HEADERS} headers are taken.")
-        if self._header_bytes > MAX_HEADER_BYTES:
-            raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
+        if not isinstance(self.request.headers, UsualHeaders):
+            _require_fitting(self.request.headers)
         # Who asks first whether to send a body is told before it is sent.
         if (
             "expect" in self.given_headers
@@ -377,7 +376,7 @@ class ApiHandler(RequestHandler):
         """Answers 200 with JSON. Raises `NotAcceptable` for a GET whose client does not take that."""
         if self.is_read_only:
             self.require_acceptable(JSON)
-        self.set_header("Content-Type", JSON)
+        self._headers["Content-Type"] = JSON
         self.finish(orjson.dumps(value, option=orjson.OPT_UTC_Z))
 
     def answer_nothing(self) -> None:
@@ -569,6 +568,15 @@ def _budget_headers(error: BudgetExhausted, others: Mapping[str, str]) -> dict[s
 def _date(seconds: int) -> str:
     """The time as the header `Date` has it."""
     return format_timestamp(seconds)
+
+
+def _require_fitting(headers: HTTPHeaders) -> None:
+    """Raises `HeadersTooLarge` for more than a request may have."""
+    lines = list(headers.get_all())
+    if len(lines) > MAX_HEADERS:
+        raise HeadersTooLarge(f"At most {MAX_HEADERS} headers are taken.")
+    if sum(len(name) + len(value) for name, value in lines) > MAX_HEADER_BYTES:
+        raise HeadersTooLarge(f"At most {MAX_HEADER_BYTES} bytes of headers are taken.")
 
 
 def _length(headers: Mapping[str, str]) -> int:
