@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +11,14 @@ from typing import Any
 
 import chatd
 
-MAX_WEIGHT = 8 * 2**20
-"""The most that is kept of all sessions, in characters: of text, and for what holds it."""
+MAX_WEIGHT = 32 * 2**20
+"""The most that is kept of all sessions, in bytes: some 3,000 with 20 messages of 300 letters."""
 
 SESSION_WEIGHT = 1024
-"""What a session takes beside its messages."""
+"""The bytes that a session takes beside its messages."""
 
-MESSAGE_WEIGHT = 256
-"""What a message takes beside its text."""
+MESSAGE_WEIGHT = 200
+"""The bytes that a message takes beside its text."""
 
 Said = tuple[Any, str]
 """A message's role and content."""
@@ -26,16 +27,19 @@ Said = tuple[Any, str]
 class Whole:
     """The messages of a turn, or one that belongs to none: history holds them all or none of them.
 
-    `cost` is what they take of a context budget, in characters.
+    `cost` is what they take of a context budget, in characters, `weight` what of memory, in bytes.
     """
 
     __slots__ = ("cost", "messages", "weight")
 
     def __init__(self, messages: Sequence[Said]) -> None:
         self.messages = messages
-        chars = sum(len(content) for _, content in messages)
+        chars, weight = 0, 0
+        for _, content in messages:
+            chars += len(content)
+            weight += sys.getsizeof(content)
         self.cost = chars + len(messages) * chatd.MESSAGE_OVERHEAD_CHARS
-        self.weight = chars + len(messages) * MESSAGE_WEIGHT
+        self.weight = weight + len(messages) * MESSAGE_WEIGHT
 
 
 def messages_of(wholes: Iterable[Whole]) -> list[chatd.Message]:
