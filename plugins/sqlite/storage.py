@@ -42,6 +42,10 @@ from .schema import MIGRATIONS
 from .turns import INTERRUPT, begin_turn, finish_turn, require_session, stored_turn
 from .usage import usage_query
 
+LOG_PAGES = 4000
+"""How long the log grows before it is written into the file, in pages of 4 KiB: a page that many turns
+change is written once for all of them, and a commit seldom has to wait for that."""
+
 
 class SQLiteStorage:
     """`chatd.Storage` in a file."""
@@ -77,6 +81,7 @@ class SQLiteStorage:
             # Only a file that is empty yet takes it, and others would wait for a lock in vain.
             connection.pragma("auto_vacuum", INCREMENTAL)
         connection.pragma("journal_mode", "wal")
+        connection.pragma("wal_autocheckpoint", LOG_PAGES)
         # What is erased is overwritten, in the file and not only in its list of pages.
         connection.pragma("secure_delete", True)
         connection.pragma("synchronous", self._synchronous)
