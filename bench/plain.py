@@ -14,7 +14,7 @@ from bench import subjects
 from bench.rounds import Plan, Rounds, cold_starts
 from bench.seeding import DEFAULT, Seeds, add_chatbot, add_sessions
 from bench.subjects import Mock, Subject
-from bench.targets import Samples
+from bench.targets import Samples, verdicts
 from chatd.storage import Storage
 from tests.postgres import Supabase, jwt
 
@@ -79,6 +79,9 @@ def measure(
     rounds.idle()
     rounds.warm_up()
     rounds.saturate(plan)
+    for _ in range(plan.again):
+        if any(verdict.missed for verdict in verdicts(samples, short=True)):
+            rounds.saturate(plan)
     rounds.timed(plan)
     rounds.first_tokens(plan)
     cold_starts(chosen, samples, mock, server, plan.starts)

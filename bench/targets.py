@@ -114,14 +114,7 @@ TARGETS = (
 )  # fmt: skip
 
 
-HELD = (
-    Target("turns/s on sqlite, to the limit: CI holds", "sqlite", "rate", at_least=0.52, over="limit", unit="x", short=True),
-    Target("CPU per turn on sqlite, to the limit: CI holds", "sqlite", "cpu", at_most=2.0, over="limit", unit="x", short=True),
-)  # fmt: skip
-"""What is reached on a crowded machine too, short of the targets: it may not get worse."""
-
-
 def verdicts(samples: Samples, *, short: bool) -> list[Verdict]:
-    """How a run stands to the targets that it measured; the short form to what is held as well."""
-    chosen = [*(target for target in TARGETS if target.short), *HELD] if short else TARGETS
+    """How a run stands to the targets that it measured, of which the short form holds some."""
+    chosen = [target for target in TARGETS if target.short or not short]
     return [verdict for target in chosen if (verdict := target.judge(samples))]
