@@ -195,6 +195,26 @@ async def test_the_synchronous_setting_is_full_unless_told_otherwise(
         await storage.close()
 
 
+async def test_a_new_file_is_for_its_user_alone_and_an_older_one_stays_as_it_is(path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        await (await open_sqlite({"path": str(path)})).close()
+        path.chmod(0o640)
+        storage = await open_sqlite({"path": str(path.with_name("new.db"))})
+        session = await _session(storage)
+        await _say(storage, session, "between us")
+        modes = {each.name: each.stat().st_mode & 0o777 for each in path.parent.glob("*.db*")}
+        await storage.close()
+    finally:
+        os.umask(before)
+    assert modes[path.name] == 0o640
+    assert {name: mode for name, mode in modes.items() if name.startswith("new.db")} == {
+        "new.db": 0o600,
+        "new.db-wal": 0o600,
+        "new.db-shm": 0o600,
+    }
+
+
 async def test_a_database_locked_by_another_process_is_unavailable_until_it_is_free(
     storage: SQLiteStorage, path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -75,6 +76,9 @@ class SQLiteStorage:
             raise
 
     def _connect(self) -> apsw.Connection:
+        # What is said in it is for nobody else; SQLite gives its other files the same permissions.
+        with contextlib.suppress(OSError):
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         connection = apsw.Connection(str(self._path))
         connection.set_busy_timeout(round(self._busy_timeout * 1000))
         if not connection.pragma("page_count"):
