@@ -78,14 +78,11 @@ class ProviderRequest:
 
 def needs(messages: Sequence[Message], parameters: Mapping[str, Any]) -> frozenset[str]:
     """What a provider must take to be asked this: `tools`, `images`."""
-    tools, images = bool(parameters.get("tools")), False
-    for message in messages:
-        if message.tool_calls or message.role == "tool":
-            tools = True
-        if message.parts:
-            images = True
-    if not (tools or images):
+    more = [m for m in messages if m.tool_calls or m.parts or m.role == "tool"]
+    if not more and not parameters.get("tools"):
         return _NOTHING
+    tools = parameters.get("tools") or any(m.tool_calls or m.role == "tool" for m in more)
+    images = any(message.parts for message in more)
     return frozenset({*(("tools",) if tools else ()), *(("images",) if images else ())})
 
 

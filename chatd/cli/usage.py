@@ -111,7 +111,8 @@ def _tell(totals: Sequence[UsageTotal], by: UsageBy, names: dict[str, str]) -> N
         ]
         click.echo("  ".join(cells).rstrip())
     if unknown := sum(total.unknown_cost for total in totals):
-        click.echo(f"The cost of {unknown:,} turns is unknown and not in the sum.", err=True)
+        turns = "1 turn" if unknown == 1 else f"{unknown:,} turns"
+        click.echo(f"The cost of {turns} is unknown and not in the sum.", err=True)
 
 
 def _cells(total: UsageTotal, by: UsageBy) -> list[str]:
