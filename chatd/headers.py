@@ -74,6 +74,8 @@ def usual(data: bytes) -> tuple[str, UsualHeaders] | None:
         return None
     lines = head[2].split("\r\n")
     lines.pop()
+    if len(lines) > MAX_LINES:
+        return None
     headers = UsualHeaders(lines)
-    is_usual = len(headers.given) == len(lines) <= MAX_LINES
-    return (head[1], headers) if is_usual else None
+    # Of what is given twice there is more to say than this has room for.
+    return (head[1], headers) if len(headers.given) == len(lines) else None

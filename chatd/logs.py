@@ -42,6 +42,7 @@ class LineHandler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._lines: deque[str] = deque()
+        self._due: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_json(self) -> bool:
@@ -51,11 +52,19 @@ class LineHandler(logging.StreamHandler[TextIO]):
     def say(self, line: str) -> None:
         """Writes a line, which is what `handle` does at twice the cost."""
         self._lines.append(line + "\n")
-        if len(self._lines) == 1:
-            try:
-                asyncio.get_running_loop().call_soon(self.flush)
-            except RuntimeError:
-                self.flush()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.flush()
+            return
+        if self._due is not loop:
+            self._due = loop
+            loop.call_soon(self._write_due)
+
+    def _write_due(self) -> None:
+        self._due = None
+        if self._lines:
+            self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._lines:
@@ -63,19 +72,22 @@ class LineHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
     def flush(self) -> None:
+        """Writes the lines that wait; when that fails they are lost, as a record is."""
+        lines: list[str] = []
         self.acquire()
         try:
-            self._write_lines()
+            # One by one: another thread may add one meanwhile.
+            while self._lines:
+                lines.append(self._lines.popleft())
+            if lines:
+                self.stream.write("".join(lines))
             super().flush()
         except Exception:
-            self.handleError(logging.makeLogRecord({"msg": "what was logged"}))
+            if not lines:
+                raise
+            self.handleError(logging.makeLogRecord({"msg": "".join(lines)}))
         finally:
             self.release()
-
-    def _write_lines(self) -> None:
-        # Line by line: another thread may add one meanwhile.
-        while self._lines:
-            self.stream.write(self._lines.popleft())
 
 
 def _line(created: float, level: str, logger: str, message: str, fields: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import chatd
 MAX_WEIGHT = 32 * 2**20
 """The most that is kept of all sessions, in bytes: some 3,000 with 20 messages of 300 letters."""
 
-SESSION_WEIGHT = 1024
+SESSION_WEIGHT = 1400
 """The bytes that a session takes beside its messages."""
 
 MESSAGE_WEIGHT = 200
@@ -38,6 +38,9 @@ class Whole:
         for _, content in messages:
             chars += len(content)
             weight += sys.getsizeof(content)
+            if not content.isascii():
+                # A text keeps what it is in UTF-8, once it was asked for.
+                weight += len(content.encode("utf-8", "surrogatepass"))
         self.cost = chars + len(messages) * chatd.MESSAGE_OVERHEAD_CHARS
         self.weight = weight + len(messages) * MESSAGE_WEIGHT
 
