@@ -201,3 +201,32 @@ async def test_an_answer_larger_than_the_system_takes_at_once_comes_whole(served
     second = rest.partition(b"\r\n\r\n")
     assert second[2][:length] == once
     assert second[2][length:].startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "framing", "body"),
+    [
+        (b"GET /health", b"Content-Length: x\r\n", b""),
+        (b"POST /api/chat", b"Content-Length: 5, 6\r\n", b""),
+        (b"POST /api/chat", b"Transfer-Encoding: gzip\r\n", b""),
+        (b"POST /api/chat", b"Content-Type: text/plain\r\nContent-Length: 100\r\n", b"{"),
+        (b"POST /api/chat", b"Transfer-Encoding: chunked\r\n", b"5\r\n{"),
+    ],
+)
+async def test_a_request_that_does_not_come_to_its_end_leaves_nothing_and_is_the_clients_fault(
+    served: Served, path: bytes, framing: bytes, body: bytes
+) -> None:
+    requests = served.runtime.services.metrics.requests.values
+    before = dict(requests)
+    address = urlsplit(served.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(path + b" HTTP/1.1\r\n" + HOST + framing + b"\r\n" + body)
+    writer.write_eof()
+    async with asyncio.timeout(20):
+        assert (await reader.read())[:13] in (b"", b"HTTP/1.1 400 ")
+        writer.close()
+        while requests == before or any("_execute" in repr(task) for task in asyncio.all_tasks()):
+            await asyncio.sleep(0.01)
+    method, route = path.decode().split()
+    counted = {labels for labels, count in requests.items() if count > before.get(labels, 0)}
+    assert counted == {(route, method, "400")}

@@ -369,6 +369,12 @@ class ApiHandler(RequestHandler):
         self.is_gone = True
         if self.on_gone is not None:
             self.on_gone()
+        if self.takes_pieces and not (self._finished or self.request._body_future.done()):
+            # Its body is broken, which Tornado tells the client, or the client is gone.
+            self.set_status(HTTPStatus.BAD_REQUEST)
+            self.error_code = MalformedRequest.code
+            self._log()
+        super().on_connection_close()
 
     # Answering
 
