@@ -48,6 +48,9 @@ SWEEP_SECONDS = 1.0
 SPARE_FILES = 128
 """Open files that are left for storage, providers and logs."""
 
+MOST_WAITING = 128
+"""Connections that the system takes before they are asked for (Tornado's `bind_sockets`)."""
+
 TELL_SECONDS = 60.0
 """How often the log says at most that clients are turned away."""
 
@@ -220,8 +223,12 @@ class ClientServer(HTTPServer):
         self._sweeper.start()
 
     def stop(self) -> None:
+        """Takes no more connections, but those that the system has taken for it already."""
         for listening, remove in self._accepting:
             remove()
+            with contextlib.suppress(OSError):
+                for _ in range(MOST_WAITING):
+                    self._accepted(*listening.accept())
             listening.close()
         self._accepting.clear()
 

@@ -19,6 +19,7 @@ from chatd.app import first_chatbot
 from chatd.config import Config, ServerConfig
 from chatd.connections import ClientServer
 from chatd.domain import Chatbot
+from chatd.ending import Ending
 from chatd.errors import ChatdError
 from chatd.loop_watch import LoopWatch
 from chatd.metrics import Metrics, Place
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 TWICE_SECONDS = 0.3
 """A second signal later than this after the first means that somebody cannot wait."""
 
+
+END_SECONDS = 15.0
+"""How long everything may take to close once turns have ended, before the process is ended."""
 
 ANSWER_SECONDS = 0.1
 """How long the answers of the last turns may take to be written; it is much more than they need."""
@@ -170,9 +174,13 @@ async def serve(
         settle()
         ready(sockets[0].getsockname()[1], made)
         await signals.stopping.wait()
+        ending = Ending(asyncio.get_running_loop())
+        ending.within(generations.config.server.drain_seconds + END_SECONDS)
         reloading.cancel()
         await retention.close()
         await _stop(server, generations, signals)
+        ending.within(END_SECONDS)
+        await server.close_all_connections()
         watch.stop()
         if place is not None:
             await place.close()
@@ -219,10 +227,9 @@ def listen(config: ServerConfig) -> list[socket]:
 async def _stop(server: ClientServer, generations: Generations, signals: _Signals) -> None:
     seconds = generations.config.server.drain_seconds
     log.info("stopping: running turns have %s s to finish", seconds)
-    # New connections are refused by the system, requests on open ones by `Turns`.
+    # New connections are refused by the system, new turns on open ones by `Turns`.
     server.stop()
     await asyncio.gather(*(_drain(turns, seconds, signals.hurrying) for turns in generations.turns))
-    await server.close_all_connections()
 
 
 async def _drain(turns: Turns, seconds: float, hurrying: asyncio.Event) -> None:

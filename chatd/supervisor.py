@@ -158,6 +158,9 @@ class Supervisor:
         """Tells workers to stop; a second call tells them not to wait for turns."""
         if self._stop_by is None:
             self._code = code
+            # While this process has them too, new clients would wait for someone to answer.
+            for listening in self._sockets:
+                listening.close()
             self._stop_by = time.monotonic() + self._config.server.drain_seconds + KILL_SECONDS
         self._send(signal.SIGTERM)
 

@@ -47,34 +47,43 @@ class SharedCall:
         self._function = function
         self._call = call
         self._waiting: list[tuple[Mapping[str, Any], asyncio.Future[Any]]] = []
+        self._sending = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(self, item: Mapping[str, Any]) -> Any:
         """The answer for `item`. Raises what the call raises."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
-        if len(self._tasks) < SHARED_CALLS:
+        if self._sending < SHARED_CALLS:
+            self._sending += 1
             task = asyncio.create_task(self._send())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return await future
 
     async def _send(self) -> None:
-        while self._waiting:
-            # Nobody waits any more for what was cancelled meanwhile: it is not to be begun then.
-            wanted = [(item, future) for item, future in self._waiting if not future.done()]
-            batch, self._waiting = wanted[:MAX_SHARED], wanted[MAX_SHARED:]
-            if not batch:
-                return
-            try:
-                answers = await self._call(self._function, {"items": [item for item, _ in batch]})
-                for (_, future), answer in zip(batch, answers, strict=True):
-                    if not future.done():
-                        future.set_result(answer)
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+        try:
+            while self._waiting:
+                await self._send_some()
+        finally:
+            # At once: what comes before the task counts as done would be sent by nobody.
+            self._sending -= 1
+
+    async def _send_some(self) -> None:
+        # Nobody waits any more for what was cancelled meanwhile: it is not to be begun then.
+        wanted = [(item, future) for item, future in self._waiting if not future.done()]
+        batch, self._waiting = wanted[:MAX_SHARED], wanted[MAX_SHARED:]
+        if not batch:
+            return
+        try:
+            answers = await self._call(self._function, {"items": [item for item, _ in batch]})
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+        except Exception as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
 
 
 class FunctionStorage:

@@ -95,7 +95,7 @@ class ServerProcess:
         """SIGTERM, and the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self._ended(40)
+        return self._ended(60)
 
     def kill(self) -> None:
         """SIGKILL: nothing is finished."""
@@ -103,7 +103,10 @@ class ServerProcess:
         self._ended(10)
 
     def _ended(self, timeout: float) -> int:
-        code = self.process.wait(timeout)
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the server does not end: {self.stdout[-8000:]}") from None
         self._reader.join(timeout=5)
         if self.process.stderr is not None:
             self.process.stderr.close()

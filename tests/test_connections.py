@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 import pytest
+from tornado.netutil import bind_sockets
 
-from chatd.connections import ClientStream
+from chatd.connections import ClientServer, ClientStream
 from tests.conftest import Serve
 from tests.support import KEY, Served
 
@@ -202,6 +203,22 @@ async def test_nothing_is_left_of_a_connection_that_was_closed(serve: Serve) -> 
 def streams_alive() -> int:
     """How many connections of clients are in memory, open or not."""
     return sum(isinstance(each, ClientStream) for each in gc.get_objects())
+
+
+async def test_a_connection_that_waits_when_the_server_stops_is_answered(serve: Serve) -> None:
+    runtime = (await serve(config())).runtime
+    server = ClientServer(runtime.application, runtime.services.config)
+    (listening,) = bind_sockets(0, "127.0.0.1")
+    server.add_sockets([listening])
+    # The system takes it by itself; the event loop has had no chance to.
+    with socket.create_connection(listening.getsockname()) as client:
+        server.stop()
+        client.sendall(HEALTH + b"\r\n")
+        client.setblocking(False)
+        async with asyncio.timeout(5):
+            found = await asyncio.get_running_loop().sock_recv(client, 65536)
+        assert found.startswith(b"HTTP/1.1 200 ")
+    await server.close_all_connections()
 
 
 async def test_one_address_has_so_many_connections_and_others_have_theirs(serve: Serve) -> None:

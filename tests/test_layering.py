@@ -7,7 +7,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"headers", "domain", "errors", "sse", "logs", "watchdog", "loop_watch", "pacing", "tuning"},
+    {
+        "headers",
+        "domain",
+        "errors",
+        "sse",
+        "logs",
+        "watchdog",
+        "loop_watch",
+        "pacing",
+        "tuning",
+        "ending",
+    },
     {"validation", "schemas", "http_errors", "origins", "env_file", "metrics", "tracing"},
     {"storage", "provider", "shared", "breaker", "prices", "identity"},
     {"interceptor", "reply", "memory", "racing", "http_provider", "timed_storage"},

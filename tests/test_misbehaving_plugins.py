@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatd.domain import TurnStatus
+from chatd.ending import EXIT_CODE
 from chatd.errors import PluginError
 from chatd.storage import TurnRecord
 from tests.conftest import Serve
@@ -193,6 +194,22 @@ def test_a_plugin_that_cannot_be_closed_is_named_and_the_server_stops_well(tmp_p
         assert server.url
         assert server.stop() == 0
         assert "providers.broken could not be closed: ZeroDivisionError" in server.stdout
+
+
+def test_a_task_of_a_plugin_that_does_not_end_is_told_of_and_the_process_ends(
+    tmp_path: Path,
+) -> None:
+    hold_on = "\n".join(f"    {line}" for line in HOLDS_ON.splitlines() if line != "yield")
+    close = f"asyncio.create_task(hold_on())\n\nasync def hold_on():\n{hold_on}"
+    text = plugin(tmp_path, "return; yield", close=close)
+    (tmp_path / "chatd.yaml").write_text(text.replace("%(storage)s", "{use: sqlite}"))
+    with server_process(tmp_path) as server:
+        assert server.url
+        assert server.stop() == EXIT_CODE
+        told = [line for line in server.stdout.splitlines() if "does not end by itself" in line]
+        assert len(told) == 1
+        assert "1 tasks go on" in told[0]
+        assert "in hold_on" in told[0]
 
 
 async def test_one_that_raises_before_it_is_a_generator_does_not_keep_the_next_from_answering(

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import pytest
 from chatd_plugins.postgres import open_postgres
-from chatd_plugins.supabase import SCHEMA_VERSION, SupabaseStorage, open_supabase
+from chatd_plugins.supabase import (
+    SCHEMA_VERSION,
+    SHARED_CALLS,
+    SharedCall,
+    SupabaseStorage,
+    open_supabase,
+)
 from chatd_plugins.supabase import _headers as supabase_headers
 
 from chatd.domain import Session, new_id
@@ -114,6 +121,30 @@ async def test_turns_that_wait_at_the_same_moment_share_an_rpc(supabase: Supabas
     assert len({b.turn_id for b in begun if isinstance(b, BegunTurn)}) == 100
     assert len(supabase.postgrest.requests()) - before <= 20
     await storage.close()
+
+
+async def test_what_is_asked_the_moment_that_all_calls_end_is_sent_too() -> None:
+    answered = asyncio.Event()
+
+    async def call(_: str, args: Mapping[str, Any]) -> list[Any]:
+        await answered.wait()
+        return [item["number"] for item in args["items"]]
+
+    shared = SharedCall("a_function", call)
+
+    async def ask_twice() -> list[Any]:
+        return [await shared.ask({"number": 1}), await shared.ask({"number": 2})]
+
+    first = asyncio.create_task(ask_twice())
+    others = []
+    for number in range(SHARED_CALLS - 1):
+        await asyncio.sleep(0.01)
+        others.append(asyncio.create_task(shared.ask({"number": number})))
+    await asyncio.sleep(0.01)
+    answered.set()
+    async with asyncio.timeout(10):
+        assert await first == [1, 2]
+        assert await asyncio.gather(*others) == [*range(SHARED_CALLS - 1)]
 
 
 async def test_one_turns_bad_item_is_not_its_neighbours_failure(supabase: Supabase) -> None:

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -145,6 +146,29 @@ def test_workers_told_to_stop_by_their_parent_let_running_turns_finish(tmp_path:
         status, answer = running.result(timeout=10)
         assert (status, answer["response"]) == (200, "a b c")
         assert all(is_gone(pid) for pid in pids)
+
+
+def test_workers_that_were_told_to_stop_leave_new_clients_to_other_servers(tmp_path: Path) -> None:
+    configure(tmp_path, word_seconds=1.5)
+    with server_process(tmp_path) as server, ThreadPoolExecutor() as pool:
+        client = Client(server)
+        eventually(lambda: len(workers(server)) == 2)
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        running = pool.submit(client.say, "hi")
+        wait_for_a_turn(tmp_path)
+        server.process.send_signal(signal.SIGTERM)
+
+        def refused() -> bool:
+            try:
+                socket.create_connection(address).close()
+            except ConnectionRefusedError:
+                return True
+            return False
+
+        eventually(refused)
+        assert not running.done()
+        assert running.result(timeout=10)[0] == 200
+        assert server.stop() == 0
 
 
 def test_workers_whose_parent_was_killed_let_running_turns_finish_and_end(tmp_path: Path) -> None:
