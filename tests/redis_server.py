@@ -48,7 +48,9 @@ class RedisServer:
                 return
             except OSError:
                 time.sleep(0.02)
-        raise AssertionError((self.folder / "log").read_text())
+        told = (self.folder / "log").read_text()
+        self.close()
+        raise AssertionError(told)
 
     def ask(self, *command: str | int) -> object:
         """One command, on a connection of its own."""
@@ -78,7 +80,8 @@ class RedisServer:
 
 def cluster() -> RedisServer:
     """A cluster of one node, which has all slots."""
-    server = RedisServer("--cluster-enabled", "yes")
+    # Its nodes' port would be one of those that the system gives to clients.
+    server = RedisServer("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     server.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
     for _ in range(200):
         if "cluster_state:ok" in str(server.ask("CLUSTER", "INFO")):
